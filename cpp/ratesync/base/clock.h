@@ -1,0 +1,45 @@
+// The engine's clock: monotonic nanoseconds, or a hand-moved clock for tests.
+//
+// Only elapsed time on this machine is ever taken from here. Decisions of remote stores use the
+// server's clock.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <ctime>
+#include <limits>
+
+namespace ratesync {
+
+using Nanos = std::int64_t;
+inline constexpr Nanos kMicro = 1'000;
+inline constexpr Nanos kMilli = 1'000'000;
+inline constexpr Nanos kSecond = 1'000'000'000;
+// A deadline that never comes / a wait without bound.
+inline constexpr Nanos kForever = std::numeric_limits<Nanos>::max();
+
+class Clock {
+ public:
+  static constexpr Nanos kManualStart = 1'000 * kSecond;
+
+  explicit Clock(bool manual = false) : manual_(manual) {}
+
+  [[nodiscard]] bool manual() const { return manual_; }
+  [[nodiscard]] Nanos now() const {
+    if (manual_) return hand_.load(std::memory_order_acquire);
+    timespec ts;
+    clock_gettime(CLOCK_MONOTONIC, &ts);
+    return static_cast<Nanos>(ts.tv_sec) * kSecond + ts.tv_nsec;
+  }
+  // Manual clocks only: move time forward.
+  void advance(Nanos by) { hand_.fetch_add(by, std::memory_order_acq_rel); }
+
+ private:
+  const bool manual_;
+  std::atomic<Nanos> hand_{kManualStart};
+};
+
+// a + b, staying at kForever instead of overflowing. Both must not be negative.
+constexpr Nanos saturating_add(Nanos a, Nanos b) { return a > kForever - b ? kForever : a + b; }
+
+}  // namespace ratesync

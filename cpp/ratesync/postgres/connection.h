@@ -1,0 +1,110 @@
+// One non-blocking libpq connection on the engine's Asio loop. The only header that a user of
+// PostgreSQL inside this folder needs; `libpq-fe.h` itself is included by connection.cc alone.
+//
+// Everything happens on the I/O thread. A time-out drops the connection (PQcancel of libpq 15
+// blocks and is unencrypted). A connection runs one pipeline at a time.
+#pragma once
+
+#include <asio/io_context.hpp>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "ratesync/base/clock.h"
+#include "ratesync/base/status.h"
+#include "ratesync/postgres/conninfo.h"
+
+namespace ratesync::postgres {
+
+// A statement with text-format parameters. `name` empty: unnamed. A named one is prepared on first
+// use of each connection when the connection may keep statements (see Connection::named_statements).
+struct Statement {
+  std::string name;
+  std::string sql;
+};
+
+struct Param {
+  std::optional<std::string> value;  // nullopt: NULL
+  static Param null() { return {}; }
+  static Param text(std::string v) { return Param{std::move(v)}; }
+};
+
+// One statement of a pipeline.
+struct Call {
+  const Statement* statement = nullptr;  // outlives the pipeline
+  std::vector<Param> params;
+};
+
+// Rows of one statement, text format, owned (a PGresult behind a unique_ptr).
+class Rows {
+ public:
+  virtual ~Rows() = default;
+  [[nodiscard]] virtual int rows() const = 0;
+  [[nodiscard]] virtual int columns() const = 0;
+  [[nodiscard]] virtual bool is_null(int row, int column) const = 0;
+  [[nodiscard]] virtual std::string_view text(int row, int column) const = 0;
+  [[nodiscard]] std::int64_t integer(int row, int column) const;  // 0 for NULL
+  [[nodiscard]] bool boolean(int row, int column) const { return text(row, column) == "t"; }
+};
+using RowsPtr = std::unique_ptr<Rows>;
+
+// What a pipeline brought: all of its results, or the first error. code:
+//   server      the server refused a statement (sqlstate set); nothing of the pipeline was committed
+//   unavailable not sent: certainly not executed
+//   in_doubt    sent, connection lost or timed out before the answer
+struct PipelineResult {
+  Status status;
+  std::vector<RowsPtr> results;  // one per call when ok
+  std::size_t failed_call = 0;   // index, when status.code == server
+};
+
+struct ConnectionOptions {
+  Nanos connect_timeout = 5 * kSecond;   // per host
+  Nanos command_timeout = 5 * kSecond;   // per pipeline
+  std::string application_name = "ratesync";
+  enum class StatementCache { automatic, on, off } statement_cache = StatementCache::automatic;
+};
+
+class Connection : public std::enable_shared_from_this<Connection> {
+ public:
+  using Done = std::function<void(Status)>;
+  using PipelineDone = std::function<void(PipelineResult)>;
+
+  static std::shared_ptr<Connection> create(asio::io_context& io, ConnInfo info, ConnectionOptions options);
+  virtual ~Connection() = default;
+
+  // Resolves, connects (host after host, as target_session_attrs wants), authenticates, and learns
+  // whether a pooler sits in between (the backend's pid differs from the one in the start-up
+  // packet): then statements stay unnamed unless statement_cache is on.
+  virtual void connect(Done done) = 0;
+  // Runs the calls as one pipeline with one Sync, hence one implicit transaction.
+  virtual void run(std::vector<Call> calls, PipelineDone done) = 0;
+  // Runs a script of several statements through the simple protocol (migrations), in the
+  // transaction that the script itself opens. Results are dropped.
+  virtual void run_script(std::string sql, Done done) = 0;
+  virtual void close() = 0;
+  // In a forked child: close the descriptor, tell the server nothing, free nothing.
+  virtual void abandon_after_fork() = 0;
+
+  [[nodiscard]] virtual bool open() const = 0;
+  [[nodiscard]] virtual int server_version() const = 0;  // 150018 for 15.18
+  [[nodiscard]] virtual bool named_statements() const = 0;
+  [[nodiscard]] virtual std::string peer() const = 0;    // "host:port/database", never a password
+  // The server closed an idle connection (or it broke): called at most once, not for close().
+  virtual void on_broken(std::function<void(Status)> listener) = 0;
+};
+
+// Encoders for array parameters.
+std::string array_of_text(const std::vector<std::string_view>& values);   // {"a","b"}, quoted and escaped
+std::string array_of_int(const std::vector<std::int64_t>& values);
+
+// PostgreSQL identifier: quoted, embedded quotes doubled. The length and NUL are checked by
+// check_identifier, with a message that names the option.
+std::string quote_identifier(std::string_view name);
+Status check_identifier(std::string_view option, std::string_view name);
+
+}  // namespace ratesync::postgres

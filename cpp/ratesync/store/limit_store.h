@@ -1,0 +1,121 @@
+// What a backend must do to carry rate and concurrency limits.
+//
+// A LimitStore decides; it never sleeps, queues for a slot, or knows about tasks: waiting,
+// cancellation, leases' owners and failure policy live in engine/. Except where said, methods are
+// called on the engine's I/O thread only, and `done()` is called there too, possibly from inside
+// the call (memory does that).
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "ratesync/base/clock.h"
+#include "ratesync/base/status.h"
+#include "ratesync/limits/params.h"
+
+namespace ratesync::store {
+
+// Identity and parameters of one limit. Two processes share a limit when store and id are equal.
+struct Group {
+  std::string id;
+  limits::Params params;
+};
+using GroupRef = std::shared_ptr<const Group>;
+
+enum class Verdict {
+  granted,           // sleep `wait`, then go
+  rate_limited,      // the slot would lie `retry_after` ahead, which is beyond the deadline
+  concurrency_full,  // all slots are held
+};
+
+// The incarnation of this process's lease on a group, under which concurrency slots are held.
+// 0: no slot is held. A new incarnation begins when a lease was lost.
+using HolderId = std::uint64_t;
+
+struct AcquireReply {
+  Status status;  // not ok: nothing below counts
+  Verdict verdict = Verdict::granted;
+  Nanos wait = 0;              // granted: the slot lies this far ahead of the moment of the reply
+  Nanos retry_after = 0;       // refused: ask again no earlier than this
+  std::int64_t remaining = 0;  // units left after this decision (rate), or slots (concurrency only)
+  // Granted with a rate: identifies the state right after the batch that carried this request.
+  // LimitStore::refund gives the units back only while that is still the newest deal.
+  std::int64_t stamp = 0;
+  HolderId holder = 0;
+};
+
+// One acquisition on its way through a store. Owned by the engine, which keeps it alive until
+// done() was called, exactly once, or abandon() returned true.
+struct AcquireOp {
+  GroupRef group;
+  std::int64_t cost = 1;
+  Nanos deadline = kForever;  // on the engine's clock: no slot later than this is wanted. now = try once
+  AcquireReply reply;
+
+  virtual void done() = 0;
+
+ protected:
+  ~AcquireOp() = default;
+};
+
+// The state of a limit, read without charging anything.
+struct Peek {
+  std::int64_t available = 0;      // units that could be taken now (rate), else free slots
+  std::int64_t in_use = 0;         // concurrency slots held now, in all processes
+  Nanos retry_after = 0;           // until one unit could be had; 0 = now
+  Nanos full_after = 0;            // until the bucket is full again
+};
+
+struct HolderInfo {
+  std::string group;
+  std::string holder;      // host:pid and application, as text
+  std::int64_t slots = 0;
+  Nanos held_for = 0;
+  Nanos expires_in = 0;    // negative: expired
+};
+
+struct GroupInfo {
+  std::string group;
+  Nanos last_ahead = 0;        // last_acquisition_at minus the server's now
+  std::int64_t version = 0;
+  std::int64_t in_use = 0;     // unexpired slots
+};
+
+struct Listing {
+  std::vector<GroupInfo> groups;
+  std::vector<HolderInfo> holders;
+  bool truncated = false;
+};
+
+template <class T>
+using Callback = std::function<void(Result<T>)>;
+struct Unit {};
+
+class LimitStore {
+ public:
+  virtual ~LimitStore() = default;
+
+  // Asks for a decision. One call, one done().
+  virtual void acquire(AcquireOp* op) = 0;
+  // Takes back an acquire that has not been sent. True: op is the caller's again and done() will
+  // not be called. False: it is under way and done() will come.
+  virtual bool abandon(AcquireOp* op) = 0;
+  // Gives one slot back. Never fails for the caller: a store that is down learns it later, with
+  // the next statement of the group or by expiry.
+  virtual void release(const GroupRef& group, HolderId holder) = 0;
+  // Gives `cost` units back, but only while `stamp` is still the newest deal of the group.
+  virtual void refund(const GroupRef& group, std::int64_t cost, std::int64_t stamp) = 0;
+  // Corrects the charge after the fact: positive charges more, negative gives back.
+  virtual void settle(const GroupRef& group, std::int64_t delta, Callback<Unit> done) = 0;
+  virtual void peek(const GroupRef& group, Callback<Peek> done) = 0;
+  // Forgets consumption and leases of the group.
+  virtual void reset(const GroupRef& group, Callback<Unit> done) = 0;
+  virtual void list(std::size_t limit, Callback<Listing> done) = 0;
+  // Called whenever the leases of (group id, holder) turn out to be lost.
+  virtual void on_lost(std::function<void(const std::string& group, HolderId)> listener) = 0;
+};
+
+}  // namespace ratesync::store
