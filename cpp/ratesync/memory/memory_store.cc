@@ -1,0 +1,192 @@
+#include "ratesync/memory/memory_store.h"
+
+#include <algorithm>
+
+namespace ratesync::memory {
+
+using store::Verdict;
+
+QuickReply MemoryStore::try_now(std::string_view group, const limits::Params& params, std::int64_t cost) {
+  Shard& shard = shard_of(group);
+  const Nanos now = clock_.now();
+  const std::lock_guard lock(shard.mutex);
+  return decide_now(cell_of(shard, group), params, cost, now);
+}
+
+Cell& MemoryStore::cell_of(Shard& shard, std::string_view group) {
+  if (auto it = shard.cells.find(group); it != shard.cells.end()) return it->second;
+  if (shard.cells.size() >= shard.sweep_at) {
+    const Nanos now = clock_.now();
+    std::erase_if(shard.cells, [now](const auto& entry) {
+      const Cell& cell = entry.second;
+      return cell.tat <= now && cell.active == 0 && cell.waiters == 0 && cell.pins == 0;
+    });
+    // Looking again only after the survivors have doubled keeps the sweep O(1) per insertion.
+    shard.sweep_at = std::max<std::size_t>(1024, 2 * shard.cells.size());
+  }
+  return shard.cells.emplace(std::string(group), Cell{}).first->second;
+}
+
+bool MemoryStore::release_slot(Shard& shard, Cell& cell) {
+  const std::lock_guard lock(shard.mutex);
+  if (cell.active > 0) --cell.active;
+  ++cell.version;
+  return cell.waiters > 0;
+}
+
+bool MemoryStore::release_slot(std::string_view group) {
+  Shard& shard = shard_of(group);
+  const std::lock_guard lock(shard.mutex);
+  auto it = shard.cells.find(group);
+  if (it == shard.cells.end()) return false;
+  if (it->second.active > 0) --it->second.active;
+  ++it->second.version;
+  return it->second.waiters > 0;
+}
+
+Pin MemoryStore::pin(const std::string& group) {
+  Shard& shard = shard_of(group);
+  const std::lock_guard lock(shard.mutex);
+  Cell& cell = cell_of(shard, group);
+  ++cell.pins;
+  return Pin(&shard, &cell);
+}
+
+void MemoryStore::set_waiters(const std::string& group, std::int32_t waiters) {
+  Shard& shard = shard_of(group);
+  const std::lock_guard lock(shard.mutex);
+  cell_of(shard, group).waiters = waiters;
+}
+
+std::size_t MemoryStore::cells() {
+  std::size_t total = 0;
+  for (Shard& shard : shards_) {
+    const std::lock_guard lock(shard.mutex);
+    total += shard.cells.size();
+  }
+  return total;
+}
+
+store::Capabilities MemoryStore::capabilities() const {
+  store::Capabilities caps;
+  caps.limits = true;
+  return caps;
+}
+
+void MemoryStore::doctor(store::Callback<std::vector<store::Finding>> done) {
+  done(std::vector<store::Finding>{{store::Finding::Level::ok, "memory", "embedded store of this process: nothing to set up"}});
+}
+
+void MemoryStore::acquire(store::AcquireOp* op) {
+  const limits::Params& params = op->group->params;
+  store::AcquireReply reply;
+  {
+    Shard& shard = shard_of(op->group->id);
+    const Nanos now = clock_.now();
+    const std::lock_guard lock(shard.mutex);
+    Cell& cell = cell_of(shard, op->group->id);
+    if (params.has_concurrency() && cell.active >= params.max_concurrent) {
+      reply.verdict = Verdict::concurrency_full;
+    } else if (params.has_rate()) {
+      const Nanos max_wait = op->deadline == kForever ? kForever : std::max<Nanos>(0, op->deadline - now);
+      const limits::Deal dealt = limits::deal(params, cell.tat, now, 1, op->cost, max_wait);
+      if (dealt.granted == 0) {
+        reply.verdict = Verdict::rate_limited;
+        reply.retry_after = dealt.retry_after;
+      } else {
+        cell.tat = dealt.tat;
+        reply.wait = dealt.first_wait;
+        reply.stamp = dealt.tat;
+        reply.remaining = limits::available(params, cell.tat, now);
+      }
+    }
+    if (reply.verdict == Verdict::granted) {
+      if (params.has_concurrency()) {
+        ++cell.active;
+        reply.holder = 1;
+        if (!params.has_rate()) reply.remaining = params.max_concurrent - cell.active;
+      }
+      ++cell.version;
+    }
+  }
+  op->reply = std::move(reply);
+  op->done();
+}
+
+void MemoryStore::refund(const store::GroupRef& group, std::int64_t cost, std::int64_t stamp) {
+  if (!group->params.has_rate()) return;
+  Shard& shard = shard_of(group->id);
+  const std::lock_guard lock(shard.mutex);
+  auto it = shard.cells.find(group->id);
+  if (it == shard.cells.end() || it->second.tat != stamp) return;
+  it->second.tat -= limits::span(group->params, cost);
+  ++it->second.version;
+}
+
+void MemoryStore::settle(const store::GroupRef& group, std::int64_t delta, store::Callback<store::Unit> done) {
+  if (group->params.has_rate() && delta != 0) {
+    Shard& shard = shard_of(group->id);
+    const Nanos now = clock_.now();
+    const std::lock_guard lock(shard.mutex);
+    Cell& cell = cell_of(shard, group->id);
+    const Nanos shift = limits::span(group->params, std::abs(delta));
+    cell.tat = delta > 0 ? std::max(cell.tat, now) + shift : cell.tat - shift;
+    ++cell.version;
+  }
+  done(store::Unit{});
+}
+
+void MemoryStore::peek(const store::GroupRef& group, store::Callback<store::Peek> done) {
+  const limits::Params& params = group->params;
+  store::Peek out;
+  {
+    Shard& shard = shard_of(group->id);
+    const Nanos now = clock_.now();
+    const std::lock_guard lock(shard.mutex);
+    auto it = shard.cells.find(group->id);
+    const Cell cell = it == shard.cells.end() ? Cell{} : it->second;
+    out.in_use = cell.active;
+    if (params.has_rate()) {
+      out.available = limits::available(params, cell.tat, now);
+      out.full_after = std::max<Nanos>(0, cell.tat - now);
+      out.retry_after = limits::deal(params, cell.tat, now, 1, 1, 0).retry_after;
+    }
+    if (params.has_concurrency()) {
+      const std::int64_t free = std::max<std::int64_t>(0, params.max_concurrent - cell.active);
+      out.available = params.has_rate() ? std::min(out.available, free) : free;
+    }
+  }
+  done(out);
+}
+
+void MemoryStore::reset(const store::GroupRef& group, store::Callback<store::Unit> done) {
+  {
+    Shard& shard = shard_of(group->id);
+    const std::lock_guard lock(shard.mutex);
+    if (auto it = shard.cells.find(group->id); it != shard.cells.end()) {
+      it->second.tat = 0;
+      it->second.active = 0;
+      ++it->second.version;
+    }
+  }
+  done(store::Unit{});
+}
+
+void MemoryStore::list(std::size_t limit, store::Callback<store::Listing> done) {
+  store::Listing out;
+  const Nanos now = clock_.now();
+  for (Shard& shard : shards_) {
+    const std::lock_guard lock(shard.mutex);
+    for (const auto& [id, cell] : shard.cells) {
+      if (out.groups.size() >= limit) {
+        out.truncated = true;
+        break;
+      }
+      out.groups.push_back({id, cell.tat - now, cell.version, cell.active});
+      if (cell.active > 0) out.holders.push_back({id, "this process", cell.active, 0, kForever});
+    }
+  }
+  done(std::move(out));
+}
+
+}  // namespace ratesync::memory

@@ -1,0 +1,148 @@
+// The embedded store: limits of this process, decided on the calling thread.
+//
+// It is the default, the reference model of the property tests, and the hot path: `try_now` is
+// what `async with acquire("x")` costs. One cell per group; an idle cell is the same as none, so
+// cells of a million keys are swept away once they are idle again.
+#pragma once
+
+#include <array>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+
+#include "ratesync/limits/gcra.h"
+#include "ratesync/store/store.h"
+
+namespace ratesync::memory {
+
+struct Cell {
+  Nanos tat = 0;
+  std::int32_t active = 0;   // slots held
+  std::int32_t waiters = 0;  // queued in engine/ for a slot: nobody may overtake them
+  std::int32_t pins = 0;     // bound limiters that keep a pointer
+  std::int32_t version = 0;
+};
+
+struct Shard {
+  std::mutex mutex;  // guards all cells of the shard
+  struct Hash {
+    using is_transparent = void;
+    std::size_t operator()(std::string_view s) const { return std::hash<std::string_view>{}(s); }
+  };
+  std::unordered_map<std::string, Cell, Hash, std::equal_to<>> cells;
+  std::size_t sweep_at = 1024;  // size at which idle cells are looked for
+};
+
+// A cell that stays where it is, for a limiter that is used again and again.
+class Pin {
+ public:
+  Pin() = default;
+  Pin(Shard* shard, Cell* cell) : shard_(shard), cell_(cell) {}
+  Pin(Pin&& other) noexcept : shard_(other.shard_), cell_(other.cell_) { other.cell_ = nullptr; }
+  Pin& operator=(Pin&&) = delete;
+  ~Pin() {
+    if (!cell_) return;
+    const std::lock_guard lock(shard_->mutex);
+    --cell_->pins;
+  }
+  [[nodiscard]] Shard* shard() const { return shard_; }
+  [[nodiscard]] Cell* cell() const { return cell_; }
+
+ private:
+  Shard* shard_ = nullptr;
+  Cell* cell_ = nullptr;
+};
+
+enum class Quick {
+  granted,   // charged, go
+  refused,   // it would have to wait (nothing charged)
+};
+
+struct QuickReply {
+  Quick verdict = Quick::granted;
+  store::Verdict why = store::Verdict::granted;
+  Nanos retry_after = 0;
+  Nanos tat = 0;  // after the decision
+};
+
+class MemoryStore final : public store::Store, public store::LimitStore {
+ public:
+  explicit MemoryStore(const Clock& clock) : clock_(clock) {}
+
+  // Any thread. Grants only what needs no waiting and overtakes nobody.
+  QuickReply try_now(Shard& shard, Cell& cell, const limits::Params& params, std::int64_t cost, Nanos now) {
+    const std::lock_guard lock(shard.mutex);
+    return decide_now(cell, params, cost, now);
+  }
+  QuickReply try_now(std::string_view group, const limits::Params& params, std::int64_t cost);
+  // Any thread. True: somebody waits in engine/ and has to be told.
+  bool release_slot(Shard& shard, Cell& cell);
+  bool release_slot(std::string_view group);
+  Pin pin(const std::string& group);
+  // I/O thread: how many wait for a slot of this group.
+  void set_waiters(const std::string& group, std::int32_t waiters);
+  // Any thread: groups kept, for tests and the footprint benchmark.
+  std::size_t cells();
+
+  // Store
+  [[nodiscard]] store::Capabilities capabilities() const override;
+  void initialize(store::Callback<store::Unit> done) override { done(store::Unit{}); }
+  void migrate(bool, store::Callback<std::vector<store::MigrationStep>> done) override {
+    done(std::vector<store::MigrationStep>{});
+  }
+  void doctor(store::Callback<std::vector<store::Finding>> done) override;
+  [[nodiscard]] store::Stats stats() const override { return {}; }
+  void close(std::function<void()> done) override { done(); }
+  void abandon_after_fork() override {}
+  [[nodiscard]] bool down() const override { return false; }
+  [[nodiscard]] store::LimitStore* limits() override { return this; }
+
+  // LimitStore; all of these may be called on any thread.
+  void acquire(store::AcquireOp* op) override;
+  bool abandon(store::AcquireOp*) override { return false; }
+  void release(const store::GroupRef& group, store::HolderId) override { release_slot(group->id); }
+  void refund(const store::GroupRef& group, std::int64_t cost, std::int64_t stamp) override;
+  void settle(const store::GroupRef& group, std::int64_t delta, store::Callback<store::Unit> done) override;
+  void peek(const store::GroupRef& group, store::Callback<store::Peek> done) override;
+  void reset(const store::GroupRef& group, store::Callback<store::Unit> done) override;
+  void list(std::size_t limit, store::Callback<store::Listing> done) override;
+  void on_lost(std::function<void(const std::string&, store::HolderId)>) override {}
+
+ private:
+  static constexpr std::size_t kShards = 16;
+
+  static QuickReply decide_now(Cell& cell, const limits::Params& params, std::int64_t cost, Nanos now);
+  Shard& shard_of(std::string_view group) { return shards_[std::hash<std::string_view>{}(group) % kShards]; }
+  Cell& cell_of(Shard& shard, std::string_view group);  // shard.mutex held
+
+  const Clock& clock_;
+  std::array<Shard, kShards> shards_;
+};
+
+inline QuickReply MemoryStore::decide_now(Cell& cell, const limits::Params& params, std::int64_t cost, Nanos now) {
+  QuickReply reply;
+  if (params.has_concurrency() && (cell.active >= params.max_concurrent || cell.waiters > 0)) {
+    reply.verdict = Quick::refused;
+    reply.why = store::Verdict::concurrency_full;
+    return reply;
+  }
+  if (params.has_rate()) {
+    const limits::Deal dealt = limits::deal(params, cell.tat, now, 1, cost, 0);
+    if (dealt.granted == 0) {
+      reply.verdict = Quick::refused;
+      reply.why = store::Verdict::rate_limited;
+      reply.retry_after = dealt.retry_after;
+      return reply;
+    }
+    cell.tat = dealt.tat;
+  }
+  if (params.has_concurrency()) ++cell.active;
+  ++cell.version;
+  reply.tat = cell.tat;
+  return reply;
+}
+
+}  // namespace ratesync::memory
