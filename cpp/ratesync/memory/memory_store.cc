@@ -113,14 +113,15 @@ void MemoryStore::acquire(store::AcquireOp* op) {
   op->done();
 }
 
-void MemoryStore::refund(const store::GroupRef& group, std::int64_t cost, std::int64_t stamp) {
-  if (!group->params.has_rate()) return;
+std::int64_t MemoryStore::refund(const store::GroupRef& group, std::int64_t cost, std::int64_t stamp) {
+  if (!group->params.has_rate()) return stamp;
   Shard& shard = shard_of(group->id);
   const std::lock_guard lock(shard.mutex);
   auto it = shard.cells.find(group->id);
-  if (it == shard.cells.end() || it->second.tat != stamp) return;
+  if (it == shard.cells.end() || it->second.tat != stamp) return stamp;
   it->second.tat -= limits::span(group->params, cost);
   ++it->second.version;
+  return it->second.tat;
 }
 
 void MemoryStore::settle(const store::GroupRef& group, std::int64_t delta, store::Callback<store::Unit> done) {

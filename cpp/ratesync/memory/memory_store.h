@@ -104,7 +104,7 @@ class MemoryStore final : public store::Store, public store::LimitStore {
   void acquire(store::AcquireOp* op) override;
   bool abandon(store::AcquireOp*) override { return false; }
   void release(const store::GroupRef& group, store::HolderId) override { release_slot(group->id); }
-  void refund(const store::GroupRef& group, std::int64_t cost, std::int64_t stamp) override;
+  std::int64_t refund(const store::GroupRef& group, std::int64_t cost, std::int64_t stamp) override;
   void settle(const store::GroupRef& group, std::int64_t delta, store::Callback<store::Unit> done) override;
   void peek(const store::GroupRef& group, store::Callback<store::Peek> done) override;
   void reset(const store::GroupRef& group, store::Callback<store::Unit> done) override;

@@ -106,8 +106,9 @@ class LimitStore {
   // Gives one slot back. Never fails for the caller: a store that is down learns it later, with
   // the next statement of the group or by expiry.
   virtual void release(const GroupRef& group, HolderId holder) = 0;
-  // Gives `cost` units back, but only while `stamp` is still the newest deal of the group.
-  virtual void refund(const GroupRef& group, std::int64_t cost, std::int64_t stamp) = 0;
+  // Gives `cost` units back, but only while `stamp` is still the newest deal of the group. Returns
+  // the stamp that will then be the newest, so that a second refund can follow the first.
+  virtual std::int64_t refund(const GroupRef& group, std::int64_t cost, std::int64_t stamp) = 0;
   // Corrects the charge after the fact: positive charges more, negative gives back.
   virtual void settle(const GroupRef& group, std::int64_t delta, Callback<Unit> done) = 0;
   virtual void peek(const GroupRef& group, Callback<Peek> done) = 0;

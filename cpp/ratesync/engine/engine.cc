@@ -1,0 +1,146 @@
+#include "ratesync/engine/engine.h"
+
+#include <unistd.h>
+
+#include <condition_variable>
+#include <future>
+#include <random>
+#include <utility>
+
+namespace ratesync::engine {
+
+namespace {
+
+// How long shutdown waits for stores to say good-bye (pending releases, sockets).
+constexpr auto kCloseBudget = std::chrono::milliseconds(1500);
+
+}  // namespace
+
+Engine::Engine(bool manual_clock)
+    : pid_(::getpid()),
+      clock_(manual_clock),
+      io_(std::make_unique<net::IoThread>()),
+      timers_(std::make_unique<Timers>(io_->context(), clock_)) {}
+
+Engine::~Engine() {
+  if (forked()) {
+    // The thread does not exist here and its locks may be held for ever: leak all of it.
+    for (auto& entry : stores_) (void)entry.release();
+    (void)timers_.release();
+    (void)io_.release();
+    return;
+  }
+  shutdown();
+}
+
+bool Engine::forked() const { return ::getpid() != pid_; }
+
+Result<StoreEntry*> Engine::add_store(const std::string& id, const std::string& kind, const StoreOptions& options) {
+  if (!running()) return Status::make(Code::closed, "the engine was shut down");
+  Result<std::unique_ptr<store::Store>> made = make_store(kind, options, io_->context(), clock_);
+  if (!made.ok()) return made.status();
+  auto entry = std::make_unique<StoreEntry>();
+  entry->id = id;
+  entry->kind = kind;
+  entry->store = std::move(made.value());
+  if (entry->store->limits())
+    entry->limits = std::make_unique<LimitService>(*entry->store, *timers_, std::random_device{}());
+  const std::lock_guard lock(submit_mutex_);
+  stores_.push_back(std::move(entry));
+  return stores_.back().get();
+}
+
+void Engine::ensure_started() {
+  if (started_) return;
+  started_ = true;
+  io_->start();
+}
+
+bool Engine::submit(Submission submission) {
+  const std::lock_guard lock(submit_mutex_);
+  if (closed_) return false;
+  const bool was_empty = queue_.empty();
+  queue_.push_back(std::move(submission));
+  if (was_empty) {
+    ensure_started();
+    io_->post([this] { drain(); });
+  }
+  return true;
+}
+
+void Engine::drain() {
+  std::vector<Submission> batch;
+  {
+    const std::lock_guard lock(submit_mutex_);
+    batch.swap(queue_);
+  }
+  for (Submission& submission : batch) run(submission);
+}
+
+void Engine::run(Submission& submission) {
+  struct Visitor {
+    void operator()(StartTask& s) const { s.task->limiter->service->start(s.task); }
+    void operator()(CancelTask& s) const {
+      s.task->limiter->service->cancel(s.task);
+      s.task->unref();
+    }
+    void operator()(ReleasePermit& s) const { s.permit->limiter->service->release(s.permit); }
+    void operator()(SlotFreed& s) const { s.limiter->service->slot_freed(s.group); }
+    void operator()(GiveBack& s) const {
+      s.limiter->service->give_back(s.limiter, s.group, s.cost, s.charged, s.stamp, s.permit);
+    }
+    void operator()(Run& s) const { s.work(); }
+  };
+  std::visit(Visitor{}, submission);
+}
+
+void Engine::shutdown() {
+  if (forked()) return;
+  {
+    const std::lock_guard lock(submit_mutex_);
+    if (closed_) return;
+    closed_ = true;
+    if (!started_) return;
+  }
+  // Shared with the I/O thread: a store that does not close in time must not find a dead promise.
+  struct Closing {
+    std::promise<void> all_closed;
+    std::size_t left = 0;
+  };
+  auto closing = std::make_shared<Closing>();
+  std::future<void> done = closing->all_closed.get_future();
+  io_->post([this, closing] {
+    drain();  // what was submitted before the end is still answered
+    for (auto& entry : stores_)
+      if (entry->limits) entry->limits->shutdown();
+    closing->left = stores_.size() + 1;
+    const auto one_less = [closing] {
+      if (--closing->left == 0) closing->all_closed.set_value();
+    };
+    for (auto& entry : stores_) entry->store->close(one_less);
+    one_less();
+  });
+  (void)done.wait_for(kCloseBudget);
+  io_->post([this] { timers_->stop(); });
+  io_->stop();
+}
+
+void Engine::advance(Nanos by) {
+  if (!clock_.manual() || forked()) return;
+  clock_.advance(by);
+  std::promise<void> fired;
+  std::future<void> done = fired.get_future();
+  if (!submit(Run{[this, &fired] {
+        timers_->run_due();
+        fired.set_value();
+      }}))
+    return;
+  done.wait();
+}
+
+void Engine::abandon_after_fork() {
+  closed_ = true;
+  for (auto& entry : stores_) entry->store->abandon_after_fork();
+}
+
+}  // namespace ratesync::engine

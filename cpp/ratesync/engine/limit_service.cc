@@ -1,0 +1,494 @@
+#include "ratesync/engine/limit_service.h"
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "ratesync/memory/memory_store.h"
+
+namespace ratesync::engine {
+
+using store::Verdict;
+
+namespace {
+
+constexpr Nanos kPollMin = 20 * kMilli;
+constexpr Nanos kPollMax = 250 * kMilli;
+
+// Failures that the failure policy answers. Everything else (a missing table, missing grants, our
+// own bounds) is a mistake that must be seen: letting calls pass would hide it.
+bool is_outage(const Status& status) {
+  switch (status.code) {
+    case Code::unavailable:
+    case Code::in_doubt:
+    case Code::timeout:
+      return true;
+    case Code::server: {
+      const std::string_view state = status.sqlstate;
+      return state.starts_with("28") || state.starts_with("57P") || state.starts_with("53") ||
+             state.starts_with("08") || state == "25006";
+    }
+    case Code::ok:
+    case Code::invalid:
+    case Code::cancelled:
+    case Code::exhausted:
+    case Code::protocol:
+    case Code::closed:
+    case Code::internal:
+      return false;
+  }
+  return false;
+}
+
+void raise_max(std::atomic<std::uint64_t>& max, std::uint64_t value) {
+  if (value > max.load(std::memory_order_relaxed)) max.store(value, std::memory_order_relaxed);
+}
+
+void add(std::atomic<std::uint64_t>& counter) { counter.fetch_add(1, std::memory_order_relaxed); }
+
+}  // namespace
+
+void AcquireTask::done() { limiter->service->replied(this); }
+
+void AcquireTask::fire() {
+  if (state_ == State::sleeping) {
+    limiter->service->wake(this);
+  } else if (state_ == State::waiting && !asking_) {
+    // The deadline of a waiter. One that is just asking gets the store's answer instead.
+    limiter->service->leave_waiters(this);
+    why = Verdict::concurrency_full;
+    limiter->service->finish(this, Outcome::refused);
+  }
+}
+
+void AcquireTask::orphaned() {
+  limiter->service->give_back(limiter, group, cost, charged_rate, stamp, permit);
+}
+
+void Permit::fire() { limiter->service->expire(*this); }
+
+LimitService::LimitService(store::Store& store, Timers& timers, std::uint64_t seed)
+    : store_(store),
+      timers_(timers),
+      shared_(store.capabilities().shared),
+      random_(static_cast<std::minstd_rand::result_type>(seed | 1)) {
+  limits().on_lost([this](const std::string& group, store::HolderId holder) { lost(group, holder); });
+}
+
+LimitService::GroupState* LimitService::find(const std::string& id) {
+  const auto it = groups_.find(id);
+  return it == groups_.end() ? nullptr : it->second.get();
+}
+
+LimitService::GroupState& LimitService::state_of(const store::GroupRef& group) {
+  auto& slot = groups_[group->id];
+  if (!slot) slot = std::make_unique<GroupState>(this, group);
+  return *slot;
+}
+
+void LimitService::drop_if_idle(GroupState& group) {
+  if (!group.waiters.empty() || !group.sleepers.empty() || !group.permits.empty()) return;
+  timers_.cancel(group);
+  groups_.erase(group.group->id);
+}
+
+Nanos LimitService::jittered(Nanos base) {
+  return base / 2 + static_cast<Nanos>(std::uniform_real_distribution<>(0.0, 1.0)(random_) * static_cast<double>(base));
+}
+
+// --- asking the store -------------------------------------------------------------------------
+
+void LimitService::start(AcquireTask* task) {
+  if (closing_) {
+    task->status = Status::make(Code::closed, "the engine was shut down; configure the store again to go on");
+    return finish(task, Outcome::failed);
+  }
+  if (GroupState* group = find(task->group->id); group && !group->waiters.empty()) {
+    // Others wait for a slot of this group: nobody overtakes them.
+    if (task->deadline <= timers_.now()) {
+      task->why = Verdict::concurrency_full;
+      return finish(task, Outcome::refused);
+    }
+    return enqueue(task);
+  }
+  send(task);
+}
+
+void LimitService::send(AcquireTask* task) {
+  task->sent_ = timers_.now();
+  task->pending_ = in_store_.insert(in_store_.end(), task);
+  if (task->state_ == AcquireTask::State::waiting) {
+    task->asking_ = true;
+  } else {
+    task->state_ = AcquireTask::State::in_store;
+  }
+  if (!armed()) arm_outage_check();
+  limits().acquire(task);
+}
+
+void LimitService::replied(AcquireTask* task) {
+  const Nanos now = timers_.now();
+  if (task->reply.status.ok()) last_answer_ = now;
+  if (task->given_up_) {
+    // Its caller has its answer already; only what came too late has to go back.
+    if (task->reply.status.ok() && task->reply.verdict == Verdict::granted) return_grant(task);
+    return task->unref();
+  }
+  in_store_.erase(task->pending_);
+  const bool was_waiting = task->state_ == AcquireTask::State::waiting;
+  if (was_waiting) {
+    task->asking_ = false;
+    if (GroupState* group = find(task->group->id)) --group->asking;
+  }
+  if (!task->reply.status.ok()) {
+    Status status = std::move(task->reply.status);
+    if (was_waiting) leave_waiters(task);
+    return outage(task, std::move(status));
+  }
+  switch (task->reply.verdict) {
+    case Verdict::granted:
+      if (was_waiting) leave_waiters(task);
+      return granted(task);
+    case Verdict::rate_limited:
+      if (was_waiting) leave_waiters(task);
+      task->why = Verdict::rate_limited;
+      task->retry_after = task->reply.retry_after;
+      return finish(task, Outcome::refused);
+    case Verdict::concurrency_full:
+      if (task->deadline <= now) {
+        if (was_waiting) leave_waiters(task);
+        task->why = Verdict::concurrency_full;
+        task->retry_after = task->reply.retry_after;
+        return finish(task, Outcome::refused);
+      }
+      if (was_waiting) return plan_poll(state_of(task->group));
+      return enqueue(task);
+  }
+}
+
+PermitRef LimitService::hold(AcquireTask* task) {
+  if (task->reply.holder == 0) return nullptr;
+  auto permit = std::make_shared<Permit>(task->limiter, task->group, task->reply.holder);
+  state_of(task->group).permits.push_back(permit);
+  task->limiter->counters.held.fetch_add(1, std::memory_order_relaxed);
+  const Nanos max_hold = task->limiter->policy.max_hold;
+  if (max_hold != kForever) timers_.arm(*permit, timers_.now() + max_hold);
+  return permit;
+}
+
+void LimitService::granted(AcquireTask* task) {
+  task->remaining = task->reply.remaining;
+  task->stamp = task->reply.stamp;
+  task->charged_rate = task->group->params.has_rate();
+  task->permit = hold(task);
+  const Nanos now = timers_.now();
+  // The margin may put a slot a little past the deadline; the caller is early then, never late.
+  Nanos until = saturating_add(now, task->reply.wait);
+  until = std::min(until, std::max(now, task->deadline));
+  if (until <= now) return finish(task, Outcome::granted);
+  task->state_ = AcquireTask::State::sleeping;
+  task->slot_ = until;
+  GroupState& group = state_of(task->group);
+  auto place = group.sleepers.end();
+  while (place != group.sleepers.begin() && (*std::prev(place))->slot_ > until) --place;
+  task->place_ = group.sleepers.insert(place, task);
+  ++waiting_;
+  timers_.arm(*task, until);
+}
+
+// --- waiting for a rate slot --------------------------------------------------------------------
+
+void LimitService::wake(AcquireTask* task) {
+  GroupState& group = state_of(task->group);
+  group.sleepers.erase(task->place_);
+  --waiting_;
+  drop_if_idle(group);
+  finish(task, Outcome::granted);
+}
+
+void LimitService::leave_sleepers(AcquireTask* task) {
+  GroupState& group = state_of(task->group);
+  timers_.cancel(*task);
+  // Everybody behind moves up by one slot, as long as they cost the same; the last slot that
+  // nobody wants any more goes back to the store, if it is still the newest deal there.
+  auto next = std::next(task->place_);
+  Nanos free_slot = task->slot_;
+  std::int64_t last_stamp = task->stamp;
+  for (; next != group.sleepers.end() && (*next)->cost == task->cost; ++next) {
+    AcquireTask* follower = *next;
+    std::swap(follower->slot_, free_slot);
+    last_stamp = std::max(last_stamp, follower->stamp);
+    timers_.arm(*follower, follower->slot_);
+  }
+  group.sleepers.erase(task->place_);
+  --waiting_;
+  const std::int64_t stamp = limits().refund(task->group, task->cost, last_stamp);
+  for (AcquireTask* other : group.sleepers)
+    if (other->stamp == last_stamp) other->stamp = stamp;
+  drop_if_idle(group);
+}
+
+// --- waiting for a concurrency slot -------------------------------------------------------------
+
+void LimitService::enqueue(AcquireTask* task) {
+  GroupState& group = state_of(task->group);
+  task->state_ = AcquireTask::State::waiting;
+  task->place_ = group.waiters.insert(group.waiters.end(), task);
+  ++waiting_;
+  if (task->deadline != kForever) timers_.arm(*task, task->deadline);
+  waiters_changed(group);
+  if (group.waiters.size() == 1) {
+    group.poll_delay = 0;
+    plan_poll(group);
+    // A slot may have been freed between the store's answer and this moment (memory only: there
+    // the caller of release does not pass through this thread).
+    if (!shared_) ask(group, 1);
+  }
+}
+
+void LimitService::leave_waiters(AcquireTask* task) {
+  GroupState& group = state_of(task->group);
+  timers_.cancel(*task);
+  group.waiters.erase(task->place_);
+  --waiting_;
+  waiters_changed(group);
+  drop_if_idle(group);
+}
+
+void LimitService::waiters_changed(GroupState& group) {
+  if (shared_) return;
+  auto& memory = static_cast<memory::MemoryStore&>(store_);
+  memory.set_waiters(group.group->id, static_cast<std::int32_t>(group.waiters.size()));
+}
+
+void LimitService::ask(GroupState& group, std::size_t slots) {
+  std::vector<AcquireTask*> chosen;
+  for (AcquireTask* task : group.waiters) {
+    if (chosen.size() >= slots) break;
+    if (!task->asking_) chosen.push_back(task);
+  }
+  group.asking += chosen.size();
+  // `group` may go away below: the memory store answers inside the call.
+  for (AcquireTask* task : chosen) send(task);
+}
+
+void LimitService::plan_poll(GroupState& group) {
+  // Across processes a slot may be freed without our hearing of it. Only the head of the queue
+  // asks, for the whole process, at a growing, jittered interval.
+  if (!shared_ || group.armed()) return;
+  group.poll_delay = group.poll_delay == 0 ? kPollMin : std::min(2 * group.poll_delay, kPollMax);
+  timers_.arm(group, timers_.now() + jittered(group.poll_delay));
+}
+
+void LimitService::poll(GroupState& group) {
+  if (group.waiters.empty()) return;
+  if (group.asking > 0) return plan_poll(group);
+  const auto most = static_cast<std::size_t>(group.group->params.max_concurrent);
+  ask(group, std::max<std::size_t>(1, std::min<std::size_t>(most, group.waiters.size())));
+}
+
+void LimitService::slot_freed(const std::string& id) {
+  GroupState* group = find(id);
+  if (!group || group->waiters.empty()) return;
+  group->poll_delay = 0;
+  ask(*group, 1);
+}
+
+// --- slots held ---------------------------------------------------------------------------------
+
+void LimitService::release(const PermitRef& permit) {
+  if (!permit->live) return;
+  permit->live = false;
+  timers_.cancel(*permit);
+  Counters& counters = permit->limiter->counters;
+  counters.held.fetch_sub(1, std::memory_order_relaxed);
+  const std::string id = permit->group->id;
+  if (GroupState* group = find(id)) {
+    group->permits.remove(permit);
+    drop_if_idle(*group);
+  }
+  limits().release(permit->group, permit->holder);
+  slot_freed(id);
+}
+
+void LimitService::expire(Permit& permit) {
+  GroupState* group = find(permit.group->id);
+  if (!group) return;
+  for (const PermitRef& held : group->permits) {
+    if (held.get() != &permit) continue;
+    const PermitRef keep = held;
+    keep->lost.store(true, std::memory_order_release);
+    add(keep->limiter->counters.leases_lost);
+    return release(keep);
+  }
+}
+
+void LimitService::lost(const std::string& id, store::HolderId holder) {
+  GroupState* group = find(id);
+  if (!group) return;
+  for (auto it = group->permits.begin(); it != group->permits.end();) {
+    const PermitRef permit = *it;
+    if (permit->holder != holder) {
+      ++it;
+      continue;
+    }
+    it = group->permits.erase(it);
+    permit->live = false;
+    permit->lost.store(true, std::memory_order_release);
+    timers_.cancel(*permit);
+    add(permit->limiter->counters.leases_lost);
+    permit->limiter->counters.held.fetch_sub(1, std::memory_order_relaxed);
+  }
+  drop_if_idle(*group);
+}
+
+// --- giving back --------------------------------------------------------------------------------
+
+void LimitService::return_grant(AcquireTask* task) {
+  if (task->group->params.has_rate()) limits().refund(task->group, task->cost, task->reply.stamp);
+  if (task->reply.holder != 0) {
+    limits().release(task->group, task->reply.holder);
+    slot_freed(task->group->id);
+  }
+}
+
+void LimitService::give_back(const LimiterRef&, const store::GroupRef& group, std::int64_t cost, bool charged,
+                             std::int64_t stamp, const PermitRef& permit) {
+  if (charged) limits().refund(group, cost, stamp);
+  if (permit) release(permit);
+}
+
+void LimitService::cancel(AcquireTask* task, Outcome outcome) {
+  switch (task->state_) {
+    case AcquireTask::State::created:
+    case AcquireTask::State::finished:
+      return;  // the reader of the completion gives back
+    case AcquireTask::State::sleeping:
+      leave_sleepers(task);
+      task->charged_rate = false;
+      if (task->permit) release(std::exchange(task->permit, nullptr));
+      return finish(task, outcome);
+    case AcquireTask::State::waiting:
+    case AcquireTask::State::in_store:
+      break;
+  }
+  const bool in_store = task->state_ == AcquireTask::State::in_store || task->asking_;
+  if (in_store) {
+    in_store_.erase(task->pending_);
+    if (!limits().abandon(task)) {
+      task->given_up_ = true;
+      task->ref();  // the store's; the other one goes with the completion
+    }
+    if (task->asking_) {
+      task->asking_ = false;
+      if (GroupState* group = find(task->group->id)) --group->asking;
+    }
+  }
+  if (task->state_ == AcquireTask::State::waiting) leave_waiters(task);
+  finish(task, outcome);
+}
+
+// --- outages ------------------------------------------------------------------------------------
+
+void LimitService::outage(AcquireTask* task, Status status) {
+  task->status = std::move(status);
+  if (!is_outage(task->status)) return finish(task, Outcome::failed);
+  if (task->limiter->policy.fail_closed) return finish(task, Outcome::failed);
+  finish(task, Outcome::passed_open);
+}
+
+void LimitService::arm_outage_check() {
+  if (in_store_.empty() || closing_ || !shared_) return;
+  Nanos soonest = kForever;
+  const Nanos now = timers_.now();
+  for (AcquireTask* task : in_store_) {
+    // Sorted by sending time; budgets differ, so a look at the oldest few is not enough in theory,
+    // but a later one with a smaller budget is found at the next tick (at most 50 ms late).
+    soonest = std::max(task->sent_, last_answer_) + task->limiter->policy.outage_budget;
+    break;
+  }
+  timers_.arm(*this, std::min(std::max(soonest, now + kMilli), now + 50 * kMilli));
+}
+
+void LimitService::fire() {
+  const Nanos now = timers_.now();
+  std::vector<AcquireTask*> overdue;
+  for (AcquireTask* task : in_store_) {
+    // An answer to anybody proves that the store is alive and that we are only queueing.
+    if (now - std::max(task->sent_, last_answer_) >= task->limiter->policy.outage_budget) overdue.push_back(task);
+  }
+  for (AcquireTask* task : overdue) {
+    if (task->state_ == AcquireTask::State::finished) continue;
+    const Nanos elapsed = now - task->sent_;
+    const bool was_waiting = task->state_ == AcquireTask::State::waiting;
+    in_store_.erase(task->pending_);
+    const bool taken_back = limits().abandon(task);
+    if (!taken_back) {
+      task->given_up_ = true;
+      task->ref();
+    }
+    if (was_waiting) {
+      task->asking_ = false;
+      if (GroupState* group = find(task->group->id)) --group->asking;
+      leave_waiters(task);
+    }
+    outage(task, Status::make(taken_back ? Code::unavailable : Code::in_doubt,
+                              "no answer from the store within " + std::to_string(elapsed / kMilli) +
+                                  " ms (outage_budget); check that the server is up and reachable"));
+  }
+  arm_outage_check();
+}
+
+// --- the end ------------------------------------------------------------------------------------
+
+void LimitService::finish(AcquireTask* task, Outcome outcome) {
+  Counters& counters = task->limiter->counters;
+  task->state_ = AcquireTask::State::finished;
+  task->outcome = outcome;
+  const Nanos now = timers_.now();
+  task->waited = std::max<Nanos>(0, now - task->submitted);
+  switch (outcome) {
+    case Outcome::granted:
+      add(counters.acquisitions);
+      counters.last_acquisition.store(now, std::memory_order_relaxed);
+      counters.wait_ns.fetch_add(static_cast<std::uint64_t>(task->waited), std::memory_order_relaxed);
+      raise_max(counters.max_wait_ns, static_cast<std::uint64_t>(task->waited));
+      break;
+    case Outcome::refused:
+      add(counters.timeouts);
+      add(task->why == Verdict::rate_limited ? counters.refused_rate : counters.refused_concurrency);
+      break;
+    case Outcome::passed_open:
+      add(counters.passed_open);
+      break;
+    case Outcome::failed:
+      add(counters.failed);
+      break;
+    case Outcome::cancelled:
+      add(counters.cancelled);
+      break;
+  }
+  task->target->deliver(task);  // hands over the reference; task may be gone now
+}
+
+void LimitService::shutdown() {
+  closing_ = true;
+  timers_.cancel(*this);
+  const auto closed = Status::make(Code::closed, "the engine was shut down while this call was waiting");
+  std::vector<AcquireTask*> all(in_store_.begin(), in_store_.end());
+  std::vector<PermitRef> permits;
+  for (auto& [id, group] : groups_) {
+    timers_.cancel(*group);
+    for (AcquireTask* task : group->waiters)
+      if (!task->asking_) all.push_back(task);
+    all.insert(all.end(), group->sleepers.begin(), group->sleepers.end());
+    permits.insert(permits.end(), group->permits.begin(), group->permits.end());
+  }
+  for (AcquireTask* task : all) {
+    task->status = closed;
+    cancel(task, Outcome::failed);
+  }
+  for (const PermitRef& permit : permits) release(permit);
+}
+
+}  // namespace ratesync::engine

@@ -1,0 +1,202 @@
+// Waiting, cancelling, leases and failure policy of limits - everything that a LimitStore does not
+// do. One service per store; all methods run on the I/O thread unless said otherwise.
+//
+// The life of an acquisition:
+//
+//   start ─► in_store ─► granted now ───────────────────────────► finished
+//                    ├─► granted later ─► sleeping (slot's time) ─► finished
+//                    ├─► rate_limited (slot beyond the deadline) ─► finished, nothing charged
+//                    ├─► concurrency_full ─► waiting (FIFO) ─► in_store again, when a slot is free
+//                    └─► no answer within the budget, store down ─► failure policy ─► finished
+//
+// A cancel is decided here, whatever the state: not sent - taken back; sent - the answer is read
+// and what it grants is given back; sleeping - the slot goes to the next sleeper, and the last one
+// is refunded; finished - the reader of the completion gives back.
+#pragma once
+
+#include <atomic>
+#include <deque>
+#include <list>
+#include <memory>
+#include <random>
+#include <string>
+#include <unordered_map>
+
+#include "ratesync/engine/completion.h"
+#include "ratesync/engine/timers.h"
+#include "ratesync/store/store.h"
+
+namespace ratesync::engine {
+
+class LimitService;
+
+// What a limiter is beyond its group: the policy of this process.
+struct Policy {
+  Nanos default_timeout = kForever;
+  bool fail_closed = false;
+  Nanos outage_budget = kSecond / 4;
+  Nanos max_hold = kForever;
+};
+
+// Live counters of one limiter object. Written by callers (under the GIL) and by the I/O thread.
+struct Counters {
+  std::atomic<std::uint64_t> quick_acquisitions{0};  // granted without leaving the calling thread
+  std::atomic<Nanos> last_acquisition{0};
+  std::atomic<std::uint64_t> acquisitions{0};        // granted through the I/O thread
+  std::atomic<std::uint64_t> wait_ns{0};
+  std::atomic<std::uint64_t> max_wait_ns{0};
+  std::atomic<std::uint64_t> timeouts{0};            // refused: rate or concurrency
+  std::atomic<std::uint64_t> refused_rate{0};
+  std::atomic<std::uint64_t> refused_concurrency{0};
+  std::atomic<std::uint64_t> cancelled{0};
+  std::atomic<std::uint64_t> passed_open{0};         // let through because the store was down
+  std::atomic<std::uint64_t> failed{0};              // store errors raised to callers
+  std::atomic<std::uint64_t> releases{0};
+  std::atomic<std::uint64_t> leases_lost{0};
+  std::atomic<std::int64_t> held{0};                 // slots held through this object (gauge)
+};
+
+// Shared by the Python limiter and the operations under way.
+struct LimiterCore {
+  store::GroupRef group;
+  Policy policy;
+  Counters counters;
+  LimitService* service = nullptr;
+};
+using LimiterRef = std::shared_ptr<LimiterCore>;
+
+// A held concurrency slot.
+class Permit final : public TimerNode {
+ public:
+  Permit(LimiterRef limiter, store::GroupRef group, store::HolderId holder)
+      : limiter(std::move(limiter)), group(std::move(group)), holder(holder) {}
+  ~Permit() = default;
+  void fire() override;  // max_hold is over
+
+  const LimiterRef limiter;
+  const store::GroupRef group;  // the limiter's, or that of a key
+  const store::HolderId holder;
+  std::atomic<bool> lost{false};
+  bool live = true;  // I/O thread: still counted as held
+};
+using PermitRef = std::shared_ptr<Permit>;
+
+enum class Outcome {
+  granted,
+  refused,      // not within the deadline
+  passed_open,  // the store is down and the policy is open
+  failed,       // status says why
+  cancelled,
+};
+
+class AcquireTask final : public Completion, public store::AcquireOp, public TimerNode {
+ public:
+  enum class State { created, in_store, waiting, sleeping, finished };
+
+  explicit AcquireTask(LimiterRef owner) : limiter(std::move(owner)) {}
+  void done() override;      // from the store
+  void fire() override;      // slot reached, or deadline of a waiter
+  void orphaned() override;  // nobody reads the result
+
+  // in (set before submit)
+  const LimiterRef limiter;
+  Nanos submitted = 0;
+
+  // out (read after delivery)
+  Outcome outcome = Outcome::granted;
+  store::Verdict why = store::Verdict::granted;
+  Status status;
+  Nanos waited = 0;
+  Nanos retry_after = 0;
+  std::int64_t remaining = 0;
+  std::int64_t stamp = 0;
+  bool charged_rate = false;
+  PermitRef permit;  // set when a slot is held
+
+ private:
+  friend class LimitService;
+  ~AcquireTask() override = default;
+
+  State state_ = State::created;
+  bool asking_ = false;     // a waiter whose question is in the store
+  bool given_up_ = false;   // cancelled or failed while the store still has it
+  Nanos sent_ = 0;
+  Nanos slot_ = 0;          // sleeping: when it may go
+  std::list<AcquireTask*>::iterator place_;    // in waiters or sleepers of its group
+  std::list<AcquireTask*>::iterator pending_;  // in LimitService::in_store_
+};
+
+class LimitService final : public TimerNode {
+ public:
+  LimitService(store::Store& store, Timers& timers, std::uint64_t seed);
+  ~LimitService() = default;
+
+  void start(AcquireTask* task);   // takes over one reference
+  void cancel(AcquireTask* task, Outcome outcome = Outcome::cancelled);  // borrowed
+  void release(const PermitRef& permit);
+  // Gives back what a delivered result granted and nobody wants.
+  void give_back(const LimiterRef& limiter, const store::GroupRef& group, std::int64_t cost, bool charged,
+                 std::int64_t stamp, const PermitRef& permit);
+  // A slot of the group became free by another way (memory's fast path, reset).
+  void slot_freed(const std::string& group);
+  // Everything under way is answered with Code::closed; held slots are given back.
+  void shutdown();
+  void fire() override;  // outage check
+
+  [[nodiscard]] store::Store& store() { return store_; }
+  [[nodiscard]] store::LimitStore& limits() { return *store_.limits(); }
+  [[nodiscard]] std::size_t waiting() const { return waiting_; }
+
+ private:
+  friend class AcquireTask;
+  friend class Permit;
+
+  // What is remembered of a group while somebody waits or holds.
+  struct GroupState final : TimerNode {
+    GroupState(LimitService* owner, store::GroupRef ref) : service(owner), group(std::move(ref)) {}
+    void fire() override { service->poll(*this); }
+    LimitService* service;
+    store::GroupRef group;
+    std::list<AcquireTask*> waiters;   // for a slot, first come first
+    std::list<AcquireTask*> sleepers;  // for their rate slot's time
+    std::list<PermitRef> permits;
+    std::size_t asking = 0;
+    Nanos poll_delay = 0;
+  };
+
+  GroupState& state_of(const store::GroupRef& group);
+  GroupState* find(const std::string& id);
+  void drop_if_idle(GroupState& group);
+
+  void send(AcquireTask* task);
+  void replied(AcquireTask* task);
+  void granted(AcquireTask* task);
+  void enqueue(AcquireTask* task);
+  void ask(GroupState& group, std::size_t slots);
+  void poll(GroupState& group);
+  void plan_poll(GroupState& group);
+  void waiters_changed(GroupState& group);
+  void leave_waiters(AcquireTask* task);
+  void wake(AcquireTask* task);
+  void leave_sleepers(AcquireTask* task);
+  void lost(const std::string& group, store::HolderId holder);
+  void outage(AcquireTask* task, Status status);
+  void finish(AcquireTask* task, Outcome outcome);
+  void return_grant(AcquireTask* task);
+  PermitRef hold(AcquireTask* task);
+  void expire(Permit& permit);
+  void arm_outage_check();
+  Nanos jittered(Nanos base);
+
+  store::Store& store_;
+  Timers& timers_;
+  const bool shared_;
+  std::unordered_map<std::string, std::unique_ptr<GroupState>> groups_;
+  std::list<AcquireTask*> in_store_;  // oldest first
+  Nanos last_answer_ = 0;
+  std::size_t waiting_ = 0;
+  bool closing_ = false;
+  std::minstd_rand random_;
+};
+
+}  // namespace ratesync::engine
