@@ -9,7 +9,7 @@
 //       case Kind::close:   drop it (whatever is left of it), then closed(a.node)
 //       case Kind::grant:   give a.node to a.waiter; exactly one put(a.node, open) follows
 //       case Kind::fail:    answer a.waiter with a.status
-//       case Kind::timer:   the one timer goes off at a.at, replacing the earlier setting; then tick()
+//       case Kind::timer:   set the one timer to a.at, unless it is set to go off earlier; then tick()
 //       case Kind::closed:  every connection is gone; the pool can be destroyed
 //     }
 //   }
@@ -143,7 +143,8 @@ class Pool {
   Node* find(NodeId id);
   Action resume(Node& node, Event event);
   void leave_idle(NodeId id);
-  void retire(NodeId id, Node& node, Actions& out);
+  // Feeds the node's machine and does what it answers.
+  void step(NodeId id, Node& node, Event event, Nanos now, Actions& out);
   void count_broken(const Node& node, Nanos now);
   void back_off(Nanos now);
 
