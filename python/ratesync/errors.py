@@ -1,0 +1,323 @@
+"""Every exception of ratesync, in one tree, and the one map from the engine's status codes to it.
+
+Business outcomes (a refused `try_acquire`) are values; an exception is a wait that ran out, a store
+that did not answer, or a mistake in the configuration. Messages say what to do next and never carry
+a password. All exceptions survive pickling, so they cross process pools.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+__all__ = [
+    "AcquireTimeoutError",
+    "ConfigFileNotFoundError",
+    "ConfigValidationError",
+    "InDoubtError",
+    "InternalError",
+    "LimiterNotFoundError",
+    "OperationCancelledError",
+    "RateLimiterAcquisitionError",
+    "RateLimiterAlreadyConfiguredError",
+    "RateLimiterError",
+    "RateLimiterNotConfiguredError",
+    "RateLimiterNotInitializedError",
+    "StoreClosedError",
+    "StoreError",
+    "StoreExhaustedError",
+    "StoreNotFoundError",
+    "StoreProtocolError",
+    "StoreServerError",
+    "StoreTimeoutError",
+    "StoreUnavailableError",
+]
+
+
+class RateLimiterError(Exception):
+    """Base of everything that ratesync raises on purpose.
+
+    Attributes:
+        retryable: the same call may succeed when repeated later, unchanged.
+        in_doubt: the store may or may not have executed the call.
+        sqlstate: five characters when a PostgreSQL server named one, else None.
+        store: id of the store concerned, else None.
+    """
+
+    retryable: bool = False
+    in_doubt: bool = False
+    sqlstate: str | None = None
+    store: str | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The default would call the subclass with the finished message as its only argument.
+        return _rebuild, (type(self), self.args, self.__dict__)
+
+
+def _rebuild(cls: type[RateLimiterError], args: tuple[Any, ...], state: dict[str, Any]) -> RateLimiterError:
+    error = cls.__new__(cls)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
+
+class ConfigValidationError(RateLimiterError, ValueError):
+    """A configured value, name, file or call argument is not acceptable. Also a ValueError.
+
+    Attributes:
+        field: what was wrong, as a dotted path for files (`limiters.api.burst`), else None.
+        expected: what would have been acceptable, else None.
+        received: what came instead, with secrets masked, else None.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        field: str | None = None,
+        expected: str | None = None,
+        received: object = None,
+    ) -> None:
+        self.field = field or None
+        self.expected = expected or None
+        self.received = received
+        if field and expected and received not in (None, ""):
+            message = f"{message}: expected {expected}, got {received}"
+        super().__init__(message)
+
+
+class ConfigFileNotFoundError(ConfigValidationError, FileNotFoundError):
+    """The configuration file that was named does not exist. Also a FileNotFoundError."""
+
+
+class RateLimiterNotConfiguredError(RateLimiterError):
+    """A limiter was used that nothing configured."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        super().__init__(
+            f"rate limiter {name!r} is not configured: call configure_limiter({name!r}, ...) "
+            f"or add [limiters.{toml_key(name)}] to rate-sync.toml"
+        )
+
+
+class RateLimiterAlreadyConfiguredError(RateLimiterError, ValueError):
+    """A name that has to be new is taken. Also a ValueError."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        super().__init__(
+            f"rate limiter {name!r} already exists: choose another name, use get_or_clone_limiter() to reuse "
+            "it, or configure_limiter() to replace it"
+        )
+
+
+class RateLimiterNotInitializedError(RateLimiterError, RuntimeError):
+    """A limiter was used in a way that needs `initialize()` first. Also a RuntimeError."""
+
+    def __init__(self, name: str | None = None) -> None:
+        self.name = name
+        subject = f"rate limiter {name!r}" if name else "the rate limiter"
+        super().__init__(f"{subject} is not initialized: await its initialize() first")
+
+
+class RateLimiterAcquisitionError(RateLimiterError):
+    """An acquisition was not granted.
+
+    Attributes:
+        group_id: the limiter's id (and key), else None.
+        attempts: how often the store was asked, where that is known, else None.
+        retry_after: seconds after which a new try makes sense, else None.
+        reason: `rate_limited`, `concurrency_full`, `outage` (with `fail_closed`), or None.
+    """
+
+    retryable = True
+
+    def __init__(
+        self,
+        message: str,
+        group_id: str | None = None,
+        attempts: int | None = None,
+        *,
+        retry_after: float | None = None,
+        reason: str | None = None,
+    ) -> None:
+        self.group_id = group_id
+        self.attempts = attempts
+        self.retry_after = retry_after
+        self.reason = reason
+        super().__init__(message)
+
+
+class AcquireTimeoutError(RateLimiterAcquisitionError, TimeoutError):
+    """The slot would have come later than the caller was willing to wait. Also a TimeoutError.
+
+    Raised at once when the answer is known in advance; nothing was consumed.
+    """
+
+
+class StoreError(RateLimiterAcquisitionError):
+    """A store could not answer. As a RateLimiterAcquisitionError, so that one `except` covers outages too."""
+
+    retryable = False
+
+
+class StoreUnavailableError(StoreError):
+    """The store cannot be reached; the call was certainly not executed."""
+
+    retryable = True
+
+
+class InDoubtError(StoreError):
+    """The call was sent and its answer was lost: it may have been executed."""
+
+    in_doubt = True
+
+
+class StoreExhaustedError(StoreError):
+    """A bound of this process is full: the connection pool's queue, or a queue of the engine."""
+
+    retryable = True
+
+
+class StoreTimeoutError(StoreError, TimeoutError):
+    """The store did not answer within the time allowed. Also a TimeoutError."""
+
+    retryable = True
+
+
+class StoreServerError(StoreError):
+    """The server refused the call; see `sqlstate`. `retryable` follows the class of that code."""
+
+
+class StoreProtocolError(StoreError):
+    """The store answered something that this version does not understand."""
+
+
+class StoreClosedError(StoreError):
+    """The store or the whole engine was shut down, so the call was not executed."""
+
+
+class OperationCancelledError(StoreError):
+    """The call was given up by its caller before it was executed."""
+
+
+class InternalError(RateLimiterError):
+    """A bug of ratesync. Please report it with the message."""
+
+
+class StoreNotFoundError(RateLimiterError):
+    """A store id that nothing configured."""
+
+    def __init__(self, store_id: str, known: Iterable[str] = (), note: str = "") -> None:
+        self.store_id = store_id
+        super().__init__(
+            f"store {store_id!r} is not configured{nearest(store_id, known)}: call configure_store("
+            f"{store_id!r}, ...) or add [stores.{toml_key(store_id)}] to rate-sync.toml{note}"
+        )
+
+
+class LimiterNotFoundError(RateLimiterError):
+    """A limiter id that nothing configured. The message names the nearest ids that exist."""
+
+    def __init__(self, limiter_id: str, known: Iterable[str] = (), note: str = "") -> None:
+        self.limiter_id = limiter_id
+        super().__init__(
+            f"limiter {limiter_id!r} is not configured{nearest(limiter_id, known)}: call configure_limiter("
+            f"{limiter_id!r}, ...) or add [limiters.{toml_key(limiter_id)}] to rate-sync.toml{note}"
+        )
+
+
+def nearest(name: object, known: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """` (did you mean 'api'?)` for the known names closest to `name`, else the empty string."""
+    import difflib  # only on the way to an error
+
+    matches = difflib.get_close_matches(str(name), list(known), n=3, cutoff=cutoff)
+    if not matches:
+        return ""
+    return f" (did you mean {' or '.join(repr(match) for match in matches)}?)"
+
+
+def toml_key(name: object) -> str:
+    """`name` as it has to be written in a TOML table header."""
+    text = str(name)
+    if text and all(char.isascii() and (char.isalnum() or char in "-_") for char in text):
+        return text
+    escaped = "".join(
+        f"\\{char}" if char in '"\\' else char if char.isprintable() else _toml_escape(char) for char in text
+    )
+    return f'"{escaped}"'
+
+
+def _toml_escape(char: str) -> str:
+    return f"\\u{ord(char):04X}" if ord(char) <= 0xFFFF else f"\\U{ord(char):08X}"
+
+
+# Status codes of the engine (cpp/ratesync/base/status.h) to exception classes.
+_BY_CODE: dict[str, type[StoreError]] = {
+    "cancelled": OperationCancelledError,
+    "timeout": StoreTimeoutError,
+    "unavailable": StoreUnavailableError,
+    "in_doubt": InDoubtError,
+    "exhausted": StoreExhaustedError,
+    "protocol": StoreProtocolError,
+    "server": StoreServerError,
+    "closed": StoreClosedError,
+}
+
+# SQLSTATE classes and codes after which the same call may succeed: serialization failure and deadlock,
+# lock not available, insufficient resources, shutdown and start-up of the server.
+_RETRYABLE_SQLSTATES = ("40001", "40P01", "55P03", "53", "57P01", "57P02", "57P03")
+
+
+def from_status(code: str, message: str, sqlstate: str = "", store: str = "") -> RateLimiterError:
+    """The exception for a status of the engine (a code of cpp/ratesync/base/status.h)."""
+    error: RateLimiterError
+    if code == "invalid":
+        error = ConfigValidationError(message)
+    elif code in _BY_CODE:
+        error = _BY_CODE[code](message)
+        if sqlstate.startswith(_RETRYABLE_SQLSTATES):
+            error.retryable = True
+    else:
+        error = InternalError(f"{message} (status {code!r}); this is a bug of ratesync, please report it")
+    error.sqlstate = sqlstate or None
+    error.store = store or None
+    return error
+
+
+_REASONS = {
+    "rate": ("rate_limited", "the next slot lies beyond the timeout"),
+    "concurrency": ("concurrency_full", "all slots stayed in use until the timeout"),
+}
+
+
+def from_denial(limiter_id: str, reason: str, retry_after: float) -> RateLimiterAcquisitionError:
+    """The exception for an acquisition that was not granted.
+
+    Args:
+        limiter_id: the group that was asked.
+        reason: `rate`, `concurrency`, or `outage: <message of the store>`.
+        retry_after: seconds, 0 where unknown.
+    """
+    kind, _, detail = reason.partition(": ")
+    if kind in _REASONS:
+        name, why = _REASONS[kind]
+        after = f"; try again in {retry_after:.3g} s" if retry_after > 0 else ""
+        return AcquireTimeoutError(
+            f"could not acquire {limiter_id!r}: {why}{after}",
+            limiter_id,
+            retry_after=retry_after,
+            reason=name,
+        )
+    return RateLimiterAcquisitionError(
+        f"could not acquire {limiter_id!r}: the store failed and fail_closed is on: {detail or reason}",
+        limiter_id,
+        reason="outage",
+    )
+
+
+def from_invalid(
+    message: str, field: str = "", expected: str = "", received: str = ""
+) -> ConfigValidationError:
+    """The exception for an argument that the engine refused."""
+    return ConfigValidationError(message, field or None, expected or None, received or None)
