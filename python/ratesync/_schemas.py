@@ -1,0 +1,357 @@
+"""What a store and a limiter may be given: fields, units, defaults and legal ranges, and their check.
+
+The structs below are the only description of the options; `configure_*`, TOML files, `ratesync check`
+and the reference documentation all read them. `build()` turns a table of raw values into a struct or
+a ConfigValidationError that names the place, the field, what was expected and what came.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import re
+import types
+import typing
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from ratesync.errors import ConfigValidationError, nearest
+
+MAX_ID = 255  # characters; the width of group_id in the table of the PostgreSQL store
+
+
+class Expanded(str):
+    """A string in which `${VAR}` was replaced; only such strings are converted to numbers and flags."""
+
+    __slots__ = ()
+
+
+def _meta(expected: str, **bounds: Any) -> Meta:
+    return Meta(extra={"expected": expected}, **bounds)
+
+
+Rate = Annotated[float, _meta("a finite number, 0 < rate <= 1e9", gt=0, le=1e9)]
+Count = Annotated[int, _meta("an integer from 1 to 1000000000", ge=1, le=1_000_000_000)]
+Seconds = Annotated[float, _meta("a finite number of seconds >= 0", ge=0)]
+Window = Annotated[float, _meta("a finite number of seconds > 0", gt=0)]
+LeaseSeconds = Annotated[float, _meta("seconds from 1 to 86400", ge=1, le=86400)]
+BudgetSeconds = Annotated[float, _meta("seconds from 0 to 60", ge=0, le=60)]
+TimeoutSeconds = Annotated[float, _meta("seconds, 0 < value <= 86400", gt=0, le=86400)]
+Milliseconds = Annotated[float, _meta("milliseconds from 0 to 60000", ge=0, le=60000)]
+PoolMin = Annotated[int, _meta("an integer from 0 to 1000", ge=0, le=1000)]
+PoolMax = Annotated[int, _meta("an integer from 1 to 1000", ge=1, le=1000)]
+SqlName = Annotated[str, _meta("a name of 1 to 63 bytes without NUL", min_length=1)]
+Switch = Literal["auto", "on", "off"]
+
+
+class StoreOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of the options of one engine; `timing_margin` is what its limiters are given."""
+
+    @property
+    def timing_margin(self) -> float:
+        return 0.0
+
+
+class MemoryOptions(StoreOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The embedded store has no options. One clock, so no margin either."""
+
+
+class PostgresOptions(StoreOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Options of `engine = "postgres"`."""
+
+    #: libpq URL or key=value string; several hosts and target_session_attrs are honoured. Required.
+    url: str
+    #: Table of the limiter states; quoted, so any case works.
+    table_name: SqlName = "rate_limiter_state"
+    #: Schema of that table.
+    schema_name: SqlName = "public"
+    #: Create what is missing at first use. Off: the table exists, or `ratesync migrate` makes it.
+    auto_create: bool = False
+    #: Connections kept open while idle.
+    pool_min_size: PoolMin = 2
+    #: Upper bound of connections of this process to this store, all limiters together.
+    pool_max_size: PoolMax = 10
+    #: An arrival this early (ms, at most one interval) is forgiven; never raises the long-run rate.
+    timing_margin_ms: Milliseconds = 10.0
+    #: Seconds until a statement without answer counts as lost and its connection is dropped.
+    command_timeout: TimeoutSeconds = 5.0
+    #: Seconds for one attempt to connect, name resolution and TLS included.
+    connect_timeout: TimeoutSeconds = 5.0
+    #: auto: off for pure rates, on where slots are held. A crash may repeat the last moments when off.
+    synchronous_commit: Switch = "auto"
+    #: Create the tables UNLOGGED: faster, emptied by a crash of the server.
+    unlogged: bool = False
+    #: Named prepared statements; auto finds out whether a transaction pooler is in between.
+    statement_cache: Switch = "auto"
+
+    @property
+    def timing_margin(self) -> float:
+        return self.timing_margin_ms
+
+
+class LimiterOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Fields of `[limiters.<id>]` and of `configure_limiter`."""
+
+    #: Id of the store that keeps the state.
+    store: str = "memory"
+    #: How grants are spaced.
+    algorithm: str = "token_bucket"
+    #: Grants per second over all processes, in the long run. None: no rate limit.
+    rate_per_second: Rate | None = None
+    #: Slots held at the same time over all processes. None: no concurrency limit.
+    max_concurrent: Count | None = None
+    #: For window algorithms; without effect on token_bucket.
+    limit: Count | None = None
+    #: For window algorithms; without effect on token_bucket.
+    window_seconds: Window | None = None
+    #: Default of acquire(): seconds to wait at most, 0 tries once, None waits as long as it takes.
+    timeout: Seconds | None = None
+    #: True: an outage of the store is a RateLimiterAcquisitionError. False: it lets the call pass.
+    fail_closed: bool = False
+    #: Grants that may come at once after idling. 1: even spacing.
+    burst: Count = 1
+    #: Seconds that a call may lose to a store that does not answer, before fail_closed decides.
+    outage_budget: BudgetSeconds = 0.25
+    #: A holder that was not heard of for this long (killed, cut off) loses its slots.
+    lease_seconds: LeaseSeconds = 30.0
+    #: Ends the renewal of a slot held longer than this: seconds, None never.
+    max_hold_seconds: TimeoutSeconds | None = None
+
+
+ENGINES: dict[str, type[StoreOptions]] = {"memory": MemoryOptions, "postgres": PostgresOptions}
+ALGORITHMS = ("token_bucket",)
+SECRETS = frozenset({"url", "password", "listen_url"})
+
+S = TypeVar("S", bound=Struct)
+
+
+def fail(
+    where: str, field: str, problem: str, expected: str = "", received: object = None
+) -> typing.NoReturn:
+    """Raises the ConfigValidationError for one field of the table `where`."""
+    raise ConfigValidationError(f"{where}: {field} {problem}", field, expected, received)
+
+
+def describe(field: str, value: object) -> str:
+    """`value` for a message: short, and without what may be a secret."""
+    if field in SECRETS:
+        return f"a {type(value).__name__}" if not isinstance(value, str) else repr(mask_secrets(value))
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def build(cls: type[S], raw: Mapping[str, object], where: str) -> S:
+    """Checks `raw` against the fields of `cls`, field by field, and returns the struct."""
+    fields = {field.name: field for field in msgspec.structs.fields(cls)}
+    hints = typing.get_type_hints(cls, include_extras=True)
+    values: dict[str, object] = {}
+    for key, value in raw.items():
+        if key not in fields:
+            raise ConfigValidationError(
+                f"{where}: unknown key {key!r}{nearest(key, fields)}; valid: {', '.join(fields) or 'none'}",
+                field=str(key),
+            )
+        if value == "" and isinstance(value, Expanded) and not _takes_text(hints[key]):
+            continue  # ${VAR:-}: not given
+        values[key] = _check(hints[key], value, where, key)
+    for field in fields.values():
+        if field.required and field.name not in values:
+            fail(where, field.name, "is required and missing")
+    return cls(**values)
+
+
+def _check(hint: Any, value: object, where: str, key: str) -> object:
+    base, optional, expected = _unfold(hint)
+    if optional:
+        if value is None:
+            return None
+        expected = f"{expected}, or none"
+    converted = value
+    if isinstance(value, Expanded) and base is not str:
+        converted = _parse(base, value)
+    if not isinstance(converted, bool):  # numpy, Decimal and Fraction are numbers as well
+        if base is float and isinstance(converted, numbers.Real):
+            try:
+                converted = float(converted)
+            except OverflowError:
+                fail(where, key, "is too large", expected, describe(key, value))
+        elif base is int and isinstance(converted, numbers.Integral):
+            converted = int(converted)
+    if isinstance(converted, float) and not math.isfinite(converted):
+        fail(where, key, "is not finite", expected, describe(key, value))
+    if isinstance(converted, Expanded):
+        converted = str(converted)
+    try:
+        checked: object = msgspec.convert(converted, hint, strict=True)
+    except msgspec.ValidationError:
+        fail(where, key, "is not valid", expected, describe(key, value))
+    if isinstance(checked, str):
+        _check_text(checked, where, key)
+        if hint is SqlName and len(checked.encode()) > 63:
+            fail(where, key, "is too long", expected, f"{len(checked.encode())} bytes")
+    return checked
+
+
+def _takes_text(hint: Any) -> bool:
+    return _unfold(hint)[0] is str
+
+
+def _unfold(hint: Any) -> tuple[Any, bool, str]:
+    """The plain type of a field, whether None is allowed, and the words for what is expected."""
+    optional = False
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        members = [member for member in typing.get_args(hint) if member is not type(None)]
+        optional, hint = True, members[0]
+    if typing.get_origin(hint) is Annotated:
+        base, *metas = typing.get_args(hint)
+        return base, optional, next(str(meta.extra["expected"]) for meta in metas if meta.extra)
+    if typing.get_origin(hint) is Literal:
+        return str, optional, "one of " + ", ".join(repr(choice) for choice in typing.get_args(hint))
+    return (
+        hint,
+        optional,
+        {str: "a string", bool: "true or false"}.get(hint, getattr(hint, "__name__", str(hint))),
+    )
+
+
+_FLAGS = {
+    "true": True,
+    "false": False,
+    "1": True,
+    "0": False,
+    "yes": True,
+    "no": False,
+    "on": True,
+    "off": False,
+}
+_INTEGER = re.compile(r"[+-]?[0-9]{1,18}\Z")
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?\Z")
+
+
+def _parse(base: Any, text: str) -> object:
+    """An expanded string as the declared type; unchanged where it does not look like one."""
+    stripped = text.strip()
+    if base is bool:
+        return _FLAGS.get(stripped.lower(), text)
+    if base is int and _INTEGER.match(stripped):
+        return int(stripped)
+    if base is float and _NUMBER.match(stripped):
+        return float(stripped)
+    return text
+
+
+def _check_text(text: str, where: str, key: str) -> None:
+    if "\0" in text:
+        fail(where, key, "contains a NUL character")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        fail(where, key, "contains a surrogate, which is not valid Unicode text")
+
+
+def check_id(kind: str, value: object, where: str | None = None) -> str:
+    """Store and limiter ids: 1 to 255 characters, not blank, no NUL; quotes, dots and spaces are fine."""
+    where = where or f"{kind} {describe('id', value)}"
+    field = f"{kind}_id"
+    if not isinstance(value, str):
+        fail(where, field, "is not a string", "a string", type(value).__name__)
+    if not value.strip():
+        fail(where, field, "is empty", f"1 to {MAX_ID} characters", repr(value))
+    if len(value) > MAX_ID:
+        fail(where, field, "is too long", f"at most {MAX_ID} characters", f"{len(value)} characters")
+    _check_text(value, where, field)
+    return str(value)
+
+
+def build_store(engine: object, raw: Mapping[str, object], where: str) -> StoreOptions:
+    """The options of a store of that engine."""
+    if not isinstance(engine, str) or engine not in ENGINES:
+        names = ", ".join(repr(name) for name in ENGINES)
+        hint = nearest(engine, ENGINES) if isinstance(engine, str) else ""
+        fail(
+            where,
+            "engine",
+            f"is not an engine of this version{hint}",
+            f"one of {names}",
+            describe("engine", engine),
+        )
+    options = build(ENGINES[engine], raw, where)
+    if isinstance(options, PostgresOptions):
+        _check_postgres_url(options.url, where)
+        if options.pool_min_size > options.pool_max_size:
+            if "pool_min_size" in raw:
+                fail(
+                    where,
+                    "pool_min_size",
+                    "is larger than pool_max_size",
+                    f"at most {options.pool_max_size}",
+                    options.pool_min_size,
+                )
+            options = msgspec.structs.replace(options, pool_min_size=options.pool_max_size)
+    return options
+
+
+def _check_postgres_url(url: str, where: str) -> None:
+    expected = "postgresql://user@host:5432/database or a key=value string of libpq"
+    if not url.strip():
+        fail(where, "url", "is empty", expected, "''")
+    scheme, separator, _ = url.partition("://")
+    if (
+        separator
+        and re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme)
+        and scheme not in ("postgres", "postgresql")
+    ):
+        cure = " (leave out the driver's name)" if scheme.startswith("postgres") else ""
+        fail(where, "url", f"has another scheme{cure}", expected, repr(f"{scheme}://"))
+    if not separator and "=" not in url:
+        fail(
+            where, "url", f"is not a connection string; write {expected}"
+        )  # it may hold a password: not shown
+
+
+def build_limiter(raw: Mapping[str, object], where: str) -> LimiterOptions:
+    """The options of a limiter; rules between fields included."""
+    options = build(LimiterOptions, raw, where)
+    if options.algorithm not in ALGORITHMS:
+        fail(
+            where,
+            "algorithm",
+            f"is not an algorithm of this version{nearest(options.algorithm, ALGORITHMS)}",
+            f"one of {', '.join(repr(name) for name in ALGORITHMS)}",
+            describe("algorithm", options.algorithm),
+        )
+    if options.rate_per_second is None and options.max_concurrent is None:
+        fail(
+            where,
+            "rate_per_second",
+            "and max_concurrent are both missing: token_bucket needs one of them, or both",
+        )
+    check_id("store", options.store, where)
+    return options
+
+
+_USERINFO = re.compile(r"(:(?!//)).*@", re.DOTALL)
+_KEYWORD = re.compile(
+    r"(\w*(?:password|passwd|secret|token)\w*\s*=\s*)('(?:\\.|[^'\\])*'?|(?:\\.|[^\s\\])+)", re.I | re.S
+)
+
+
+def mask_secrets(text: str) -> str:
+    """`text` with passwords of URLs and of key=value strings replaced by `***`.
+
+    Errs on the side of hiding: everything between the first colon (that of `://` aside) and the last
+    `@` goes, because passwords with unescaped `@`, `/` or `:` do occur, and malformed URLs too.
+    """
+    return _KEYWORD.sub(r"\1***", _USERINFO.sub(r"\1***@", text))
+
+
+def as_masked_dict(options: Struct) -> dict[str, Any]:
+    """The fields of a store's options, with secrets masked."""
+    values = msgspec.structs.asdict(options)
+    for name in SECRETS & values.keys():
+        value = values[name]
+        values[name] = "***" if name == "password" and value else mask_secrets(value) if value else value
+    return values
