@@ -1,0 +1,201 @@
+"""The registry: which stores and limiters are configured, and which of them are built.
+
+One registry per process, guarded by the engine's lock. It keeps three promises: configuring is cheap
+and opens nothing; a limiter is built at its first use, once; and the core's table of bound limiters,
+which `acquire("name")` looks in first, holds exactly the limiters that are current. What belongs to a
+stopped engine (shutdown, fork) is forgotten, what was configured stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+from ratesync import _engine
+from ratesync.errors import LimiterNotFoundError, StoreNotFoundError
+from ratesync.limits import RateLimiter
+from ratesync.stores import Store
+
+if TYPE_CHECKING:  # imported at first use: validation costs import time
+    from ratesync._schemas import LimiterOptions
+    from ratesync.config import Config, FastAPIConfig, StoreConfig
+
+V = TypeVar("V")
+DEFAULT_STORE = "memory"
+
+
+class _Table(dict[str, V]):
+    """A dict whose `clear()` also forgets what was built from its entries."""
+
+    def __init__(self, forget: Callable[[], None]) -> None:
+        super().__init__()
+        self._forget = forget
+
+    def clear(self) -> None:
+        with _engine.lock:
+            super().clear()
+            self._forget()
+
+
+class RateLimiterRegistry:
+    """Configured and built stores and limiters. All methods are safe to call from any thread."""
+
+    def __init__(self) -> None:
+        self._backends: _Table[StoreConfig] = _Table(self._drop_built)
+        self._limiters: _Table[LimiterOptions] = _Table(self._unbind_all)
+        self._built: dict[str, RateLimiter] = {}
+        self._stores: dict[str, Store] = {}
+        self._fastapi: FastAPIConfig | None = None
+        self._discovered = False
+
+    # Configuring ----------------------------------------------------------------------------------
+
+    def set_store(self, store_id: str, config: StoreConfig) -> None:
+        with _engine.lock:
+            if self._backends.get(store_id) == config:
+                return  # same options: the pool goes on
+            self._backends[store_id] = config
+            if store_id in self._stores:
+                # Limiters on the old one are built anew at their next use. The old store closes when the
+                # last limiter object and permit on it are gone.
+                del self._stores[store_id]
+                for limiter_id, limiter in list(self._built.items()):
+                    if limiter.store_id == store_id:
+                        self._unbind(limiter_id)
+
+    def set_limiter(self, limiter_id: str, options: LimiterOptions) -> None:
+        with _engine.lock:
+            if options.store != DEFAULT_STORE and options.store not in self._backends:
+                self.discover()
+                if options.store not in self._backends:
+                    raise StoreNotFoundError(options.store, self.store_ids() | {DEFAULT_STORE})
+            if self._limiters.get(limiter_id) != options:
+                self._limiters[limiter_id] = options
+                self._unbind(limiter_id)
+
+    def apply(self, config: Config, *, override: bool = True) -> None:
+        """Takes over a checked file in one step. Without `override`, names that exist are kept."""
+        with _engine.lock:
+            for store_id, store in config.stores.items():
+                if override or store_id not in self._backends:
+                    self.set_store(store_id, store)
+            for limiter_id, limiter in config.limiters.items():
+                if override or limiter_id not in self._limiters:
+                    self.set_limiter(limiter_id, limiter)
+            networks = config.fastapi.trusted_proxy_networks
+            if networks is not None and (override or self.fastapi().trusted_proxy_networks is None):
+                self.fastapi().trusted_proxy_networks = networks
+
+    def discover(self) -> str:
+        """Loads the file that discovery finds, once. Returns a note on the search, for messages.
+
+        What was configured by calls wins over the file, as if the file had been loaded at import. A bad
+        file raises every time until it is fixed.
+        """
+        from ratesync.config import find_config, read_config
+
+        with _engine.lock:
+            if self._discovered:
+                return ""
+            path, note = find_config()
+            if path is None:
+                return note
+            config = read_config(path, known_stores=self.store_ids())
+            self._discovered = True
+            self.apply(config, override=False)
+            return note
+
+    def fastapi(self) -> FastAPIConfig:
+        from ratesync.config import FastAPIConfig
+
+        with _engine.lock:
+            if self._fastapi is None:
+                self._fastapi = FastAPIConfig()
+            return self._fastapi
+
+    # Looking up -----------------------------------------------------------------------------------
+
+    def store_ids(self) -> frozenset[str]:
+        return frozenset(self._backends)
+
+    def options(self, limiter_id: str) -> LimiterOptions:
+        with _engine.lock:
+            found = self._limiters.get(limiter_id)
+            if found is None:
+                note = self.discover()
+                found = self._limiters.get(limiter_id)
+                if found is None:
+                    raise LimiterNotFoundError(limiter_id, self._limiters, note)
+            return found
+
+    def limiter(self, limiter_id: str) -> RateLimiter:
+        with _engine.lock:
+            built = self._built.get(limiter_id)
+            if built is not None and not built._store._closed:
+                _engine.bound_limiters()[limiter_id] = built
+                return built
+            options = self.options(limiter_id)
+            limiter = RateLimiter(self.store(options.store), limiter_id, options)
+            self._built[limiter_id] = limiter
+            _engine.bound_limiters()[limiter_id] = limiter
+            return limiter
+
+    def store(self, store_id: str) -> Store:
+        import msgspec
+
+        with _engine.lock:
+            built = self._stores.get(store_id)
+            if built is not None and not built._closed:
+                return built
+            config = self.store_config(store_id)
+            core = _engine.default_engine().add_store(
+                store_id, config.engine, msgspec.structs.asdict(config.options)
+            )
+            store = Store(core, config.options.timing_margin)
+            self._stores[store_id] = store
+            return store
+
+    def store_config(self, store_id: str) -> StoreConfig:
+        with _engine.lock:
+            note = "" if store_id in self._backends else self.discover()
+            if store_id not in self._backends:
+                if store_id != DEFAULT_STORE:
+                    raise StoreNotFoundError(store_id, self.store_ids() | {DEFAULT_STORE}, note)
+                from ratesync._schemas import MemoryOptions
+                from ratesync.config import StoreConfig
+
+                self._backends[DEFAULT_STORE] = StoreConfig("memory", MemoryOptions())
+            return self._backends[store_id]
+
+    # Forgetting -----------------------------------------------------------------------------------
+
+    def _unbind(self, limiter_id: str) -> None:
+        self._built.pop(limiter_id, None)
+        _engine.bound_limiters().pop(limiter_id, None)
+
+    def _unbind_all(self) -> None:
+        self._built.clear()
+        _engine.bound_limiters().clear()
+
+    def _drop_built(self) -> None:
+        self._unbind_all()
+        self._stores.clear()
+
+    def forget_engine(self) -> None:
+        """After shutdown and in a forked child: what was built belongs to an engine that is no more."""
+        for store in self._stores.values():
+            store._retire()
+        self._drop_built()
+
+    def clear(self) -> None:
+        """Forgets all configuration, so that the next use starts from discovery again. For tests."""
+        with _engine.lock:
+            self._backends.clear()
+            self._limiters.clear()
+            self._fastapi = None
+            self._discovered = False
+
+
+_registry = RateLimiterRegistry()
+_engine.on_drop(_registry.forget_engine)
+_engine.install(_registry.limiter)

@@ -1,0 +1,159 @@
+"""`Store`: one configured backend, for set-up, inspection and shutdown.
+
+Limits are used by name; a Store is for what concerns all limiters on it: connecting ahead of time,
+migrations, diagnosis, and listing who holds what. Every method that talks to the backend returns a
+`Pending`: await it, or `.wait()` for it in a plain thread.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from typing import TYPE_CHECKING, Any, TypedDict, cast
+
+from ratesync._engine import CoreStore
+from ratesync._pending import Pending, script
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+__all__ = ["Finding", "GroupRow", "HolderRow", "MigrationStep", "Store", "StoreListing"]
+
+
+class MigrationStep(TypedDict):
+    """One step of the schema: its number and name, the SQL, and whether it was applied before this run."""
+
+    number: int
+    name: str
+    sql: str
+    applied: bool
+
+
+class Finding(TypedDict):
+    """One finding of `doctor`: level `ok`, `warning` or `error`, what it is about, and the cure."""
+
+    level: str
+    subject: str
+    message: str
+
+
+class GroupRow(TypedDict):
+    """One group of a store; `last_ahead` is how far the latest slot dealt lies ahead of now, in seconds."""
+
+    group: str
+    last_ahead: float
+    version: int
+    in_use: int
+
+
+class HolderRow(TypedDict):
+    """Who holds slots of a group; `held_for` and `expires_in` in seconds, negative when expired."""
+
+    group: str
+    holder: str
+    slots: int
+    held_for: float
+    expires_in: float
+
+
+class StoreListing(TypedDict):
+    """What `Store.list` found; `truncated` when there was more than the limit."""
+
+    groups: list[GroupRow]
+    holders: list[HolderRow]
+    truncated: bool
+
+
+Steps = list[MigrationStep]  # aliases: inside Store, `list` is the method
+Findings = list[Finding]
+
+
+class Store:
+    """One configured backend of this process. Obtain it with `get_store(store_id)`.
+
+    Example:
+        >>> import ratesync
+        >>> ratesync.configure_store("store-doc", "memory")
+        >>> store = ratesync.get_store("store-doc")
+        >>> store.engine
+        'memory'
+        >>> store.initialize().wait()
+    """
+
+    def __init__(self, core: CoreStore, timing_margin_ms: float = 0.0) -> None:
+        self._core = core
+        self._timing_margin_ms = timing_margin_ms  # for the limiters on it
+        self._closed = False
+        self._initialized = False
+        self._users: weakref.WeakSet[Any] = weakref.WeakSet()  # limiters on it; they keep the store alive
+        # A store that was configured anew lives on until its last limiter and permit are gone.
+        self._finalizer = weakref.finalize(self, _close_quietly, core, os.getpid())
+        self._finalizer.atexit = False
+
+    @property
+    def store_id(self) -> str:
+        """The configured id."""
+        return self._core.store_id
+
+    @property
+    def engine(self) -> str:
+        """`memory` or `postgres`."""
+        return self._core.engine
+
+    @property
+    def capabilities(self) -> dict[str, Any]:
+        """What the backend can do: `limits`, `shared`, `durable`, `consistency` and further flags."""
+        return self._core.capabilities
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether `initialize()` succeeded (here or through a limiter) and the store is still open."""
+        return self._initialized and not self._closed
+
+    @script
+    def initialize(self) -> Generator[Pending[Any], Any, None]:
+        """Connects and checks the schema (creates it with `auto_create`), which the first use does otherwise.
+
+        Raises:
+            StoreUnavailableError: no connection; the message names host, port and the time it took.
+            StoreServerError: refused, for example missing table or grant; the message says the cure.
+        """
+        yield self._core.initialize()
+        self._initialized = True
+
+    def migrate(self, *, dry_run: bool = False) -> Pending[Steps]:
+        """Applies outstanding migrations and returns all steps. `dry_run` only lists them."""
+        return cast("Pending[Steps]", self._core.migrate(dry_run))
+
+    def doctor(self) -> Pending[Findings]:
+        """Checks version, schema, grants, clock and settings, and says what to do about each finding."""
+        return cast("Pending[Findings]", self._core.doctor())
+
+    def list(self, limit: int = 100) -> Pending[StoreListing]:
+        """Groups and holders in the store, at most `limit` of each."""
+        return cast("Pending[StoreListing]", self._core.list(limit))
+
+    def stats(self) -> Pending[dict[str, int]]:
+        """Counters of this process: round trips, statements, batched operations, conflicts, connections."""
+        return self._core.stats()
+
+    @script
+    def close(self) -> Generator[Pending[Any], Any, None]:
+        """Ends all work on the store and closes its connections. The next use by name opens it anew."""
+        if not self._closed:
+            self._retire()
+            yield self._core.close()
+
+    def _retire(self) -> None:
+        """Marks the store as gone without talking to it (its engine was stopped, or is another process's)."""
+        self._closed = True
+        self._finalizer.detach()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "initialized" if self._initialized else "not initialized"
+        return f"<ratesync.Store {self.store_id!r} ({self.engine}, {state})>"
+
+
+def _close_quietly(core: CoreStore, pid: int) -> None:
+    if pid == os.getpid():
+        core.close()
