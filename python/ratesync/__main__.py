@@ -1,0 +1,18 @@
+"""`python -m ratesync` and the `ratesync` command, saying what to install when click or rich is missing."""
+
+import sys
+
+
+def main() -> None:
+    """Runs the command line; exits with its status."""
+    try:
+        from ratesync.cli import cli
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("click", "rich"):
+            raise
+        sys.exit(f'ratesync: the command line needs {error.name}: pip install "ratesync[cli]"')
+    cli(prog_name="ratesync")
+
+
+if __name__ == "__main__":
+    main()
