@@ -68,9 +68,8 @@ using LimiterRef = std::shared_ptr<LimiterCore>;
 // A held concurrency slot.
 class Permit final : public TimerNode {
  public:
-  Permit(LimiterRef limiter, store::GroupRef group, store::HolderId holder)
-      : limiter(std::move(limiter)), group(std::move(group)), holder(holder) {}
-  ~Permit() = default;
+  Permit(LimiterRef owner, store::GroupRef charged, store::HolderId lease)
+      : limiter(std::move(owner)), group(std::move(charged)), holder(lease) {}
   void fire() override;  // max_hold is over
 
   const LimiterRef limiter;
@@ -129,7 +128,6 @@ class AcquireTask final : public Completion, public store::AcquireOp, public Tim
 class LimitService final : public TimerNode {
  public:
   LimitService(store::Store& store, Timers& timers, std::uint64_t seed);
-  ~LimitService() = default;
 
   void start(AcquireTask* task);   // takes over one reference
   void cancel(AcquireTask* task, Outcome outcome = Outcome::cancelled);  // borrowed
@@ -145,6 +143,7 @@ class LimitService final : public TimerNode {
 
   [[nodiscard]] store::Store& store() { return store_; }
   [[nodiscard]] store::LimitStore& limits() { return *store_.limits(); }
+  [[nodiscard]] Timers& timers() { return timers_; }
   [[nodiscard]] std::size_t waiting() const { return waiting_; }
 
  private:

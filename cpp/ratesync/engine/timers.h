@@ -18,11 +18,9 @@ class TimerNode {
   TimerNode() = default;
   TimerNode(const TimerNode&) = delete;
   TimerNode& operator=(const TimerNode&) = delete;
+  virtual ~TimerNode() = default;  // must be cancelled before
   virtual void fire() = 0;
   [[nodiscard]] bool armed() const { return armed_; }
-
- protected:
-  ~TimerNode() = default;  // must be cancelled before
 
  private:
   friend class Timers;

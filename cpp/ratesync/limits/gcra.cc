@@ -27,6 +27,11 @@ Nanos span(const Params& p, std::int64_t units) {
   return static_cast<Nanos>(std::min(std::ceil(exact - kNoise), kSpanMax));
 }
 
+Pace pace_of(const Params& p) {
+  if (!p.has_rate()) return {};
+  return {span(p, 1), span(p, p.burst), margin_of(p)};
+}
+
 Deal deal(const Params& p, Nanos tat, Nanos now, std::int64_t n, std::int64_t cost, Nanos max_wait) {
   const Nanos base = std::max(tat, now);
   const Nanos margin = margin_of(p);

@@ -14,6 +14,14 @@
 
 namespace ratesync::limits {
 
+// What the hot path needs of Params, computed once per limiter: three spans instead of divisions.
+struct Pace {
+  Nanos unit = 0;    // of one unit
+  Nanos burst = 0;   // of the burst
+  Nanos margin = 0;  // in force: never more than one interval
+};
+Pace pace_of(const Params& params);
+
 struct Deal {
   std::int64_t granted = 0;  // requests granted, from the front
   Nanos tat = 0;             // new state; equal to the old one when granted == 0
@@ -34,5 +42,16 @@ Nanos wait_of(const Params& params, Nanos tat_before, Nanos now, std::int64_t co
 
 // Units that could be taken at `now` without waiting.
 std::int64_t available(const Params& params, Nanos tat, Nanos now);
+
+// deal() for one request that is not willing to wait, in a form the compiler can inline. Returns
+// how long it would have to wait (0: granted, *tat moved).
+inline Nanos take_now(const Params& params, const Pace& pace, Nanos* tat, Nanos now, std::int64_t cost) {
+  const Nanos base = *tat > now ? *tat : now;
+  const Nanos moved = base + (cost == 1 ? pace.unit : span(params, cost));
+  const Nanos wait = moved - pace.burst - now;
+  if (wait > pace.margin) return wait - pace.margin;
+  *tat = moved;
+  return 0;
+}
 
 }  // namespace ratesync::limits

@@ -6,11 +6,11 @@ namespace ratesync::memory {
 
 using store::Verdict;
 
-QuickReply MemoryStore::try_now(std::string_view group, const limits::Params& params, std::int64_t cost) {
-  Shard& shard = shard_of(group);
+QuickReply MemoryStore::try_now(const store::Group& group, std::int64_t cost) {
+  Shard& shard = shard_of(group.id);
   const Nanos now = clock_.now();
   const std::lock_guard lock(shard.mutex);
-  return decide_now(cell_of(shard, group), params, cost, now);
+  return decide_now(cell_of(shard, group.id), group, cost, now);
 }
 
 Cell& MemoryStore::cell_of(Shard& shard, std::string_view group) {

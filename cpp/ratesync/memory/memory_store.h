@@ -65,7 +65,6 @@ struct QuickReply {
   Quick verdict = Quick::granted;
   store::Verdict why = store::Verdict::granted;
   Nanos retry_after = 0;
-  Nanos tat = 0;  // after the decision
 };
 
 class MemoryStore final : public store::Store, public store::LimitStore {
@@ -73,11 +72,12 @@ class MemoryStore final : public store::Store, public store::LimitStore {
   explicit MemoryStore(const Clock& clock) : clock_(clock) {}
 
   // Any thread. Grants only what needs no waiting and overtakes nobody.
-  QuickReply try_now(Shard& shard, Cell& cell, const limits::Params& params, std::int64_t cost, Nanos now) {
+  QuickReply try_now(Shard& shard, Cell& cell, const store::Group& group, std::int64_t cost) {
+    const Nanos now = clock_.now();
     const std::lock_guard lock(shard.mutex);
-    return decide_now(cell, params, cost, now);
+    return decide_now(cell, group, cost, now);
   }
-  QuickReply try_now(std::string_view group, const limits::Params& params, std::int64_t cost);
+  QuickReply try_now(const store::Group& group, std::int64_t cost);
   // Any thread. True: somebody waits in engine/ and has to be told.
   bool release_slot(Shard& shard, Cell& cell);
   bool release_slot(std::string_view group);
@@ -114,7 +114,7 @@ class MemoryStore final : public store::Store, public store::LimitStore {
  private:
   static constexpr std::size_t kShards = 16;
 
-  static QuickReply decide_now(Cell& cell, const limits::Params& params, std::int64_t cost, Nanos now);
+  static QuickReply decide_now(Cell& cell, const store::Group& group, std::int64_t cost, Nanos now);
   Shard& shard_of(std::string_view group) { return shards_[std::hash<std::string_view>{}(group) % kShards]; }
   Cell& cell_of(Shard& shard, std::string_view group);  // shard.mutex held
 
@@ -122,27 +122,17 @@ class MemoryStore final : public store::Store, public store::LimitStore {
   std::array<Shard, kShards> shards_;
 };
 
-inline QuickReply MemoryStore::decide_now(Cell& cell, const limits::Params& params, std::int64_t cost, Nanos now) {
-  QuickReply reply;
-  if (params.has_concurrency() && (cell.active >= params.max_concurrent || cell.waiters > 0)) {
-    reply.verdict = Quick::refused;
-    reply.why = store::Verdict::concurrency_full;
-    return reply;
-  }
+inline QuickReply MemoryStore::decide_now(Cell& cell, const store::Group& group, std::int64_t cost, Nanos now) {
+  const limits::Params& params = group.params;
+  if (params.has_concurrency() && (cell.active >= params.max_concurrent || cell.waiters > 0))
+    return {Quick::refused, store::Verdict::concurrency_full, 0};
   if (params.has_rate()) {
-    const limits::Deal dealt = limits::deal(params, cell.tat, now, 1, cost, 0);
-    if (dealt.granted == 0) {
-      reply.verdict = Quick::refused;
-      reply.why = store::Verdict::rate_limited;
-      reply.retry_after = dealt.retry_after;
-      return reply;
-    }
-    cell.tat = dealt.tat;
+    const Nanos wait = limits::take_now(params, group.pace, &cell.tat, now, cost);
+    if (wait > 0) return {Quick::refused, store::Verdict::rate_limited, wait};
   }
   if (params.has_concurrency()) ++cell.active;
   ++cell.version;
-  reply.tat = cell.tat;
-  return reply;
+  return {};
 }
 
 }  // namespace ratesync::memory

@@ -14,14 +14,17 @@
 
 #include "ratesync/base/clock.h"
 #include "ratesync/base/status.h"
-#include "ratesync/limits/params.h"
+#include "ratesync/limits/gcra.h"
 
 namespace ratesync::store {
 
 // Identity and parameters of one limit. Two processes share a limit when store and id are equal.
 struct Group {
-  std::string id;
-  limits::Params params;
+  Group(std::string name, const limits::Params& parameters)
+      : id(std::move(name)), params(parameters), pace(limits::pace_of(parameters)) {}
+  const std::string id;
+  const limits::Params params;
+  const limits::Pace pace;
 };
 using GroupRef = std::shared_ptr<const Group>;
 
@@ -55,10 +58,8 @@ struct AcquireOp {
   Nanos deadline = kForever;  // on the engine's clock: no slot later than this is wanted. now = try once
   AcquireReply reply;
 
+  virtual ~AcquireOp() = default;
   virtual void done() = 0;
-
- protected:
-  ~AcquireOp() = default;
 };
 
 // The state of a limit, read without charging anything.

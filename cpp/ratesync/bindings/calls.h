@@ -1,0 +1,47 @@
+// Everything that is not on the hot path: calls that return a Pending, and construction.
+#pragma once
+
+#include "ratesync/bindings/objects.h"
+
+namespace ratesync::bindings {
+
+// A store of an engine, as Python holds it.
+struct PyStore {
+  std::shared_ptr<engine::Engine> engine;
+  engine::StoreEntry* entry = nullptr;
+  unsigned generation = 0;
+};
+
+// One call that has not started yet: awaiting or wait() starts it.
+class PendingCall {
+ public:
+  using Start = std::function<PyObject*()>;  // new reference, or null with an exception set
+  PendingCall(Start begin, Start block) : begin_(std::move(begin)), block_(std::move(block)) {}
+  PyObject* begin() const { return begin_(); }
+  PyObject* block() const { return block_(); }
+
+ private:
+  Start begin_;
+  Start block_;
+};
+
+// Waits for a completion with the GIL released, in slices, so that Ctrl-C works. Null with an
+// exception set: interrupted, the operation was cancelled and what it granted given back.
+engine::Completion* wait_sync(engine::Engine& engine, engine::Completion* completion,
+                              const std::shared_ptr<engine::SyncTarget>& target, bool cancellable);
+
+LimiterImpl* make_limiter_impl(PyObject* args, PyObject* kwargs);
+// (timeout) then cost=, key= by keyword. Null with an exception set.
+PyObject* make_permit(LimiterObject* limiter, PyObject* const* args, Py_ssize_t nargs, PyObject* kwnames,
+                      const char* function);
+store::GroupRef group_for_key(LimiterImpl& impl, PyObject* key);
+
+// Methods of Limiter and Permit; each returns a Pending.
+PyObject* limiter_try(PyObject* self, PyObject* const* args, Py_ssize_t nargs);           // timeout, cost, key
+PyObject* limiter_acquire_bare(PyObject* self, PyObject* const* args, Py_ssize_t nargs);  // timeout, cost, key
+PyObject* limiter_peek(PyObject* self, PyObject* key);
+PyObject* limiter_reset(PyObject* self, PyObject* key);
+PyObject* limiter_counters(PyObject* self, PyObject*);
+PyObject* settle_method(PyObject* self, PyObject* actual_cost);
+
+}  // namespace ratesync::bindings

@@ -1,0 +1,155 @@
+// The Python objects of the hot path, as raw heap types.
+//
+// Awaitables written with pybind11 methods cost 6.7 us per `async with`; types with raw slots
+// (am_await, am_send) cost 0.11 us. So Permit, Limiter and Waiter are written by hand, and
+// everything that is not on the hot path uses pybind11 (calls.cc, module.cc). All functions here
+// need the GIL.
+#pragma once
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <atomic>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "ratesync/engine/engine.h"
+#include "ratesync/memory/memory_store.h"
+
+namespace ratesync::bindings {
+
+// All process-global state, one seam.
+struct ModuleState {
+  PyTypeObject* permit_type = nullptr;
+  PyTypeObject* limiter_type = nullptr;
+  PyTypeObject* waiter_type = nullptr;
+  PyTypeObject* ready_type = nullptr;
+  PyObject* ready_none = nullptr;   // awaitables that are done, shared
+  PyObject* ready_true = nullptr;
+  PyObject* ready_false = nullptr;
+  PyObject* bound = nullptr;        // dict: name -> Limiter, what acquire() looks in first
+  PyObject* resolve = nullptr;      // hooks, see set_hooks
+  PyObject* status_error = nullptr;
+  PyObject* denied_error = nullptr;
+  PyObject* invalid_error = nullptr;
+  PyObject* log = nullptr;
+  PyObject* get_running_loop = nullptr;  // asyncio._get_running_loop: None outside
+  PyObject* current_task = nullptr;
+  PyObject* cancelled_error = nullptr;
+};
+ModuleState& state();
+
+// Bumped in every forked child: objects made before belong to the parent.
+extern std::atomic<unsigned> g_generation;
+
+// What the awaiting code gets.
+enum class Mode { permit, none, boolean };
+
+// A concurrency slot held by a Python object. Shared by the Permit and, for bare acquires, the
+// limiter; whoever releases first wins.
+struct Slot {
+  engine::LimiterRef limiter;
+  store::GroupRef group;
+  engine::PermitRef permit;  // null for the memory store's quick slots
+  std::atomic<bool> held{true};
+};
+using SlotRef = std::shared_ptr<Slot>;
+
+struct LimiterImpl {
+  std::string id;
+  std::string store_id;
+  std::shared_ptr<engine::Engine> engine;
+  engine::LimiterRef core;
+  memory::MemoryStore* memory = nullptr;  // set when it may be asked on the calling thread
+  memory::Pin pin;
+  unsigned generation = 0;
+  Nanos logged = 0;                  // when an outage was last reported
+  std::deque<SlotRef> bare;          // slots of bare acquires, oldest first
+  std::unordered_map<std::uint64_t, std::vector<SlotRef>> entered;  // `with limiter` by task or thread
+};
+
+struct LimiterObject {
+  PyObject_HEAD
+  PyObject* weakrefs;
+  LimiterImpl* impl;
+};
+
+enum class Phase : std::uint8_t { idle, pending, granted };
+
+// An acquisition: context manager, awaitable and permit in one object.
+struct PermitObject {
+  PyObject_HEAD
+  LimiterObject* limiter;
+  PyObject* key;
+  Nanos timeout;   // < 0: the limiter's default; kForever: none
+  std::int64_t cost;
+  std::int64_t remaining;
+  Nanos waited;
+  Phase phase;
+  bool ready;      // granted, and the awaitable that says so has not been consumed
+  bool bare;       // `await acquire()`: no body that would release
+  bool entered;    // inside `with`
+  SlotRef slot;
+  store::GroupRef group;  // of the key; null: the limiter's
+};
+
+class LoopState;
+
+// One operation under way, awaited by one task. It speaks the asyncio future protocol itself and
+// wakes the task from the reader callback: 1.19M against 337k completions/s with asyncio.Future.
+struct WaiterObject {
+  PyObject_HEAD
+  engine::Completion* completion;  // one reference, until the result was taken
+  std::shared_ptr<engine::Engine> engine;
+  std::shared_ptr<LoopState> loop;
+  PyObject* callback;
+  PyObject* context;
+  PermitObject* permit;            // acquisitions; else null
+  std::function<PyObject*(engine::Completion&)> convert;  // other calls
+  Mode mode;
+  enum class State : std::uint8_t { pending, done, cancelled, consumed } state;
+  bool blocking;
+};
+
+// limiter.cc
+bool init_limiter_type(PyObject* module);
+LimiterImpl* live(LimiterObject* limiter);  // rebinds after fork; null with an exception set
+std::uint64_t caller_key(bool async);
+Nanos parse_timeout(PyObject* value, Nanos when_none, bool* ok);
+bool raise_invalid(const char* message, const char* field, const char* expected, PyObject* received);
+
+// permit.cc
+bool init_permit_type(PyObject* module);
+PermitObject* new_permit(LimiterObject* limiter, Nanos timeout, std::int64_t cost, PyObject* key);
+PyObject* begin_async(PermitObject* permit, Mode mode);
+PyObject* run_sync(PermitObject* permit, Mode mode);
+// Fills the permit from a delivered task, or raises. Consumes nothing.
+PyObject* finish_acquire(PermitObject* permit, engine::AcquireTask& task, Mode mode, bool async);
+void release_slot(LimiterImpl& impl, Slot& slot);
+PyObject* acquire_function(PyObject* module, PyObject* const* args, Py_ssize_t nargs, PyObject* kwnames);
+extern const char kAcquireDoc[];
+
+// waiter.cc
+bool init_waiter_type(PyObject* module);
+WaiterObject* new_waiter(std::shared_ptr<engine::Engine> engine, std::shared_ptr<LoopState> loop);
+void completed(WaiterObject* waiter);     // by drain; returns with the task woken
+void give_back(engine::Engine& engine, engine::Completion* completion);
+PyObject* raise_status(const Status& status, const std::string& store_id);
+
+// loop.cc
+std::shared_ptr<LoopState> running_loop_state();  // null with RuntimeError set when there is none
+bool in_running_loop();
+class LoopState {
+ public:
+  explicit LoopState(PyObject* loop);
+  ~LoopState();
+  std::shared_ptr<engine::LoopTarget> target;
+  PyObject* weak_loop = nullptr;
+};
+
+}  // namespace ratesync::bindings
