@@ -4,20 +4,16 @@
 
 #include <gtest/gtest.h>
 
-#include <algorithm>
 #include <map>
 #include <random>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "pool_model.h"
+#include "pool_rig.h"
 
 namespace ratesync::pool {
 namespace {
-
-using Kind = PoolAction::Kind;
-using Ids = std::vector<std::uint64_t>;
 
 // --- connections_to_open
 
@@ -64,65 +60,6 @@ TEST(ConnectionsToOpen, WhileDownAlsoWhenNobodyWaits) {
 }
 
 // --- the pool, step by step
-
-struct Rig {
-  explicit Rig(PoolOptions options = {}, double luck = 0.5) : pool(options, [luck] { return luck; }) {}
-
-  Ids nodes(Kind kind) {
-    Ids ids;
-    for (const PoolAction& a : out) {
-      if (a.kind == kind) ids.push_back(a.node);
-    }
-    return ids;
-  }
-  std::map<WaiterId, NodeId> grants() {
-    std::map<WaiterId, NodeId> map;
-    for (const PoolAction& a : out) {
-      if (a.kind == Kind::grant) map[a.waiter] = a.node;
-    }
-    return map;
-  }
-  std::map<WaiterId, Status> fails() {
-    std::map<WaiterId, Status> map;
-    for (const PoolAction& a : out) {
-      if (a.kind == Kind::fail) map[a.waiter] = a.status;
-    }
-    return map;
-  }
-  Nanos timer() {  // the earliest asked for since the last call
-    Nanos at = kForever;
-    for (const PoolAction& a : out) {
-      if (a.kind == Kind::timer) at = std::min(at, a.at);
-    }
-    return at;
-  }
-  bool said_closed() {
-    return std::any_of(out.begin(), out.end(), [](const PoolAction& a) { return a.kind == Kind::closed; });
-  }
-
-  // Each call forgets the actions of the one before.
-  Rig& get(WaiterId w) { return out.clear(), pool.get(w, now, out), *this; }
-  Rig& put(NodeId n, bool open = true) { return out.clear(), pool.put(n, open, now, out), *this; }
-  Rig& open(NodeId n) {
-    out.clear();
-    pool.connected(n, now, out);
-    pool.setup_done(n, now, out);
-    return *this;
-  }
-  Rig& fail(NodeId n, Status status) {
-    out.clear();
-    pool.connect_failed(n, std::move(status), now, out);
-    return *this;
-  }
-  Rig& gone(NodeId n) { return out.clear(), pool.closed(n, now, out), *this; }
-  Rig& broken(NodeId n) { return out.clear(), pool.broken(n, now, out), *this; }
-  Rig& tick(Nanos later = 0) { return now += later, out.clear(), pool.tick(now, out), *this; }
-  Rig& close() { return out.clear(), pool.close(now, out), *this; }
-
-  Pool pool;
-  Nanos now = 1'000 * kSecond;
-  Actions out;
-};
 
 Status refused_connection() { return Status::make(Code::unavailable, "db.example:5432: connection refused"); }
 Status wrong_password() { return Status::make(Code::server, "password authentication failed", "28P01"); }
@@ -298,6 +235,33 @@ TEST(Pool, TheLastConnectionLostWhileConnectsFailFailsTheWaiters) {
   EXPECT_EQ(rig.broken(1).fails().at(2).code, Code::unavailable) << "it will not come back sound";
 }
 
+TEST(Pool, AServerShortOfSlotsLeavesASmallerPoolThatWorks) {
+  Rig rig = lent(1, {.min_size = 0, .max_size = 2});
+  const NodeId extra = rig.get(2).nodes(Kind::connect).at(0);
+  rig.fail(extra, Status::make(Code::server, "too many clients already", "53300"));
+  EXPECT_TRUE(rig.fails().empty());
+  EXPECT_EQ(rig.put(1).grants().at(2), 1u);
+}
+
+TEST(Pool, AReturnedConnectionProvesThatTheServerIsThere) {
+  Rig rig = lent(1, {.min_size = 0, .max_size = 2, .fail_after = 1});
+  const NodeId extra = rig.get(2).nodes(Kind::connect).at(0);
+  rig.fail(extra, refused_connection()).gone(extra);
+  rig.put(1).put(1);  // serves waiter 2, who gives it back
+  rig.tick(10 * kSecond);
+  rig.broken(1).gone(1);
+  EXPECT_FALSE(rig.pool.down()) << "that failed connect is old news";
+  EXPECT_TRUE(rig.get(3).fails().empty());
+}
+
+TEST(Pool, AttemptsThatFailSideBySideLengthenThePauseOnce) {
+  Rig rig({.min_size = 3, .fail_after = 9}, 0.999999);
+  rig.get(1);
+  for (NodeId node = 1; node <= 3; ++node) rig.fail(node, refused_connection()).gone(node);
+  EXPECT_TRUE(rig.tick(99 * kMilli).nodes(Kind::connect).empty());
+  EXPECT_EQ(rig.tick(kMilli).nodes(Kind::connect).size(), 1u);
+}
+
 TEST(Pool, ARefusalOfTheServerFailsTheWaitersWithItsOwnWords) {
   Rig rig({.min_size = 1});
   rig.get(1).get(2);
@@ -366,6 +330,9 @@ TEST(Pool, ConnectionsThatBreakRightAfterConnectingAreNotReplacedInALoop) {
     ASSERT_EQ(next.size(), 1u) << pause;
     node = next[0];
   }
+  rig.open(node).get(2).put(node).broken(node);
+  rig.gone(node);
+  EXPECT_EQ(rig.tick(100 * kMilli).nodes(Kind::connect).size(), 1u) << "one that worked ends the series";
 }
 
 TEST(Pool, TheLatestReturnedConnectionIsLentFirstSoThatTheOthersAge) {
@@ -379,6 +346,12 @@ TEST(Pool, TheLatestReturnedConnectionIsLentFirstSoThatTheOthersAge) {
   EXPECT_EQ(rig.tick().nodes(Kind::close), (Ids{1, 2}));
   rig.gone(1).gone(2);
   EXPECT_TRUE(rig.tick(1'200 * kSecond).nodes(Kind::close).empty()) << "min_size stays";
+}
+
+TEST(Pool, ShedsOnlyWhatIsBeyondMinSize) {
+  Rig rig = lent(3, {.min_size = 2, .max_size = 3, .max_idle = 600 * kSecond});
+  rig.put(3).put(1).put(2);
+  EXPECT_EQ(rig.tick(600 * kSecond).nodes(Kind::close), Ids{3}) << "the one idle longest";
 }
 
 TEST(Pool, LifetimesAreSpreadByTenPercentEitherWay) {
