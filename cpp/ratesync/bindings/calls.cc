@@ -223,7 +223,7 @@ LimiterImpl* make_limiter_impl(PyObject* args, PyObject* kwargs) {
   }
   auto impl = std::make_unique<LimiterImpl>(LimiterImpl{std::string(text, static_cast<std::size_t>(size)), store->entry->id,
                                                         store->engine, std::make_shared<engine::LimiterCore>(), nullptr,
-                                                        memory::Pin(), store->generation, 0, {}, {}});
+                                                        memory::Pin(), store->generation, false, 0, {}, {}});
   impl->core->group = std::make_shared<const store::Group>(impl->id, params);
   impl->core->policy = policy;
   impl->core->service = store->entry->limits.get();
@@ -231,7 +231,7 @@ LimiterImpl* make_limiter_impl(PyObject* args, PyObject* kwargs) {
   if (memory && policy.max_hold == kForever) {
     // Needs aggregate assignment of a move-only member: build anew with the pin.
     return new LimiterImpl{impl->id, impl->store_id, impl->engine, impl->core, memory, memory->pin(impl->id),
-                           impl->generation, 0, {}, {}};
+                           impl->generation, !params.has_concurrency(), 0, {}, {}};
   }
   return impl.release();
 }

@@ -10,10 +10,7 @@ namespace ratesync::bindings {
 
 std::atomic<unsigned> g_generation{0};
 
-ModuleState& state() {
-  static ModuleState the_state;
-  return the_state;
-}
+ModuleState g_state;
 
 namespace {
 
@@ -175,7 +172,7 @@ LimiterImpl* live(LimiterObject* limiter) {
       self_of(fresh)->impl->generation == g_generation.load(std::memory_order_relaxed)) {
     const LimiterImpl& from = *self_of(fresh)->impl;
     auto* renewed = new LimiterImpl{from.id, from.store_id, from.engine, from.core, from.memory,
-                                    from.memory ? from.memory->pin(from.id) : memory::Pin(), from.generation, 0, {}, {}};
+                                    from.memory ? from.memory->pin(from.id) : memory::Pin(), from.generation, from.rate_only, 0, {}, {}};
     limiter->impl = renewed;  // the old one is leaked: its locks may be held by a thread that is not here
     Py_DECREF(fresh);
     return renewed;
@@ -214,7 +211,7 @@ PyObject* limiter_aenter(PyObject* object, PyObject*) {
   LimiterObject* limiter = self_of(object);
   LimiterImpl* impl = live(limiter);
   if (!impl) return nullptr;
-  if (impl->memory && !impl->core->group->params.has_concurrency() && impl->engine->running()) {
+  if (impl->rate_only && impl->engine->running()) {
     const memory::QuickReply reply =
         impl->memory->try_now(*impl->pin.shard(), *impl->pin.cell(), *impl->core->group, 1);
     if (reply.verdict == memory::Quick::granted) {
@@ -238,9 +235,11 @@ void leave(LimiterImpl& impl, bool async) {
 }
 
 PyObject* limiter_aexit(PyObject* object, PyObject* const*, Py_ssize_t) {
-  LimiterImpl* impl = live(self_of(object));
-  if (!impl) return nullptr;
-  leave(*impl, true);
+  if (!self_of(object)->impl->rate_only) {
+    LimiterImpl* impl = live(self_of(object));
+    if (!impl) return nullptr;
+    leave(*impl, true);
+  }
   Py_INCREF(state().ready_none);
   return state().ready_none;
 }

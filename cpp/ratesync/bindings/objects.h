@@ -42,7 +42,8 @@ struct ModuleState {
   PyObject* current_task = nullptr;
   PyObject* cancelled_error = nullptr;
 };
-ModuleState& state();
+extern ModuleState g_state;
+inline ModuleState& state() { return g_state; }
 
 // Bumped in every forked child: objects made before belong to the parent.
 extern std::atomic<unsigned> g_generation;
@@ -68,6 +69,7 @@ struct LimiterImpl {
   memory::MemoryStore* memory = nullptr;  // set when it may be asked on the calling thread
   memory::Pin pin;
   unsigned generation = 0;
+  bool rate_only = false;            // quick, and no slot to give back: the shortest path
   Nanos logged = 0;                  // when an outage was last reported
   std::deque<SlotRef> bare;          // slots of bare acquires, oldest first
   std::unordered_map<std::uint64_t, std::vector<SlotRef>> entered;  // `with limiter` by task or thread

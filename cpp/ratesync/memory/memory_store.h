@@ -13,6 +13,7 @@
 #include <string_view>
 #include <unordered_map>
 
+#include "ratesync/base/spin_lock.h"
 #include "ratesync/limits/gcra.h"
 #include "ratesync/store/store.h"
 
@@ -27,7 +28,7 @@ struct Cell {
 };
 
 struct Shard {
-  std::mutex mutex;  // guards all cells of the shard
+  SpinLock mutex;  // guards all cells of the shard
   struct Hash {
     using is_transparent = void;
     std::size_t operator()(std::string_view s) const { return std::hash<std::string_view>{}(s); }
