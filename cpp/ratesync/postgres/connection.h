@@ -1,11 +1,15 @@
 // One non-blocking libpq connection on the engine's Asio loop. The only header that a user of
-// PostgreSQL inside this folder needs; `libpq-fe.h` itself is included by connection.cc alone.
+// PostgreSQL inside this folder needs; `libpq-fe.h` stays behind libpq.h.
 //
 // Everything happens on the I/O thread. A time-out drops the connection (PQcancel of libpq 15
-// blocks and is unencrypted). A connection runs one pipeline at a time.
+// blocks and is unencrypted). A connection runs one pipeline at a time. Callbacks never run inside
+// the call that they were given to; inside a callback everything is allowed: another run, close,
+// letting go of the last reference. Work under way keeps the connection alive until its callback
+// has run, exactly once.
 #pragma once
 
 #include <asio/io_context.hpp>
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -60,14 +64,19 @@ struct PipelineResult {
   Status status;
   std::vector<RowsPtr> results;  // one per call when ok
   std::size_t failed_call = 0;   // index, when status.code == server
+  // The server's bare primary message, when status.code == server: for from_server() in errors.h
+  // with the schema and table that only the caller knows.
+  std::string server_message;
 };
 
 struct ConnectionOptions {
-  Nanos connect_timeout = 5 * kSecond;   // per host
-  Nanos command_timeout = 5 * kSecond;   // per pipeline
+  Nanos connect_timeout = 5 * kSecond;  // per host, name look-up included; connect_timeout in the url wins
+  Nanos command_timeout = 5 * kSecond;  // per pipeline
   std::string application_name = "ratesync";
   enum class StatementCache { automatic, on, off } statement_cache = StatementCache::automatic;
 };
+
+inline constexpr Nanos kScriptTimeout = 600 * kSecond;
 
 class Connection : public std::enable_shared_from_this<Connection> {
  public:
@@ -84,7 +93,8 @@ class Connection : public std::enable_shared_from_this<Connection> {
   // Runs the calls as one pipeline with one Sync, hence one implicit transaction.
   virtual void run(std::vector<Call> calls, PipelineDone done) = 0;
   // Runs a script of several statements through the simple protocol (migrations), in the
-  // transaction that the script itself opens. Results are dropped.
+  // transaction that the script itself opens; one left open by an error is rolled back. Results are
+  // dropped. Bound by kScriptTimeout, not by command_timeout: an index may take its time.
   virtual void run_script(std::string sql, Done done) = 0;
   virtual void close() = 0;
   // In a forked child: close the descriptor, tell the server nothing, free nothing.
@@ -93,13 +103,14 @@ class Connection : public std::enable_shared_from_this<Connection> {
   [[nodiscard]] virtual bool open() const = 0;
   [[nodiscard]] virtual int server_version() const = 0;  // 150018 for 15.18
   [[nodiscard]] virtual bool named_statements() const = 0;
-  [[nodiscard]] virtual std::string peer() const = 0;    // "host:port/database", never a password
-  // The server closed an idle connection (or it broke): called at most once, not for close().
+  [[nodiscard]] virtual std::string peer() const = 0;  // "host:port/database", never a password
+  // The server closed an idle connection (or it broke): called at most once, not for close(), and
+  // not when a pipeline is under way: that one's result says it.
   virtual void on_broken(std::function<void(Status)> listener) = 0;
 };
 
 // Encoders for array parameters.
-std::string array_of_text(const std::vector<std::string_view>& values);   // {"a","b"}, quoted and escaped
+std::string array_of_text(const std::vector<std::string_view>& values);  // {"a","b"}, quoted and escaped
 std::string array_of_int(const std::vector<std::int64_t>& values);
 
 // PostgreSQL identifier: quoted, embedded quotes doubled. The length and NUL are checked by

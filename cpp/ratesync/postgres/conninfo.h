@@ -16,9 +16,11 @@ struct HostPort {
 };
 
 struct ConnInfo {
-  std::vector<HostPort> hosts;                                // never empty
-  std::string target_session_attrs = "any";                  // any read-write read-only primary standby prefer-standby
-  std::vector<std::pair<std::string, std::string>> settings;  // other libpq keywords, defaults left out
+  std::vector<HostPort> hosts;               // never empty
+  std::string target_session_attrs = "any";  // any read-write read-only primary standby prefer-standby
+  // Other libpq keywords, as given or from environment and service file; libpq's built-in defaults
+  // left out. user and dbname are always there.
+  std::vector<std::pair<std::string, std::string>> settings;
 
   [[nodiscard]] std::string setting(const std::string& keyword) const;
   // "host:port/database as user", several hosts comma-separated. Never a password.
@@ -30,7 +32,8 @@ struct ConnInfo {
 // key=value are accepted; a URL of another scheme is refused with the valid ones.
 Result<ConnInfo> parse_conninfo(const std::string& url);
 
-// The URL with its password replaced by ***; safe for logs. Also for strings that do not parse.
+// The URL with its password replaced by ***; safe for logs. Also for strings that do not parse:
+// in doubt it hides too much.
 std::string mask_url(const std::string& url);
 
 }  // namespace ratesync::postgres

@@ -1,0 +1,92 @@
+#include "ratesync/postgres/errors.h"
+
+#include <fmt/format.h>
+
+namespace ratesync::postgres {
+namespace {
+
+std::string where(const ErrorContext& c) {
+  if (c.host.empty() && c.port.empty()) return "the server";
+  const bool v6 = c.host.find(':') != std::string::npos;
+  return fmt::format("{}{}{}:{}", v6 ? "[" : "", c.host.empty() ? "local socket" : c.host, v6 ? "]" : "",
+                     c.port);
+}
+
+std::string quoted(std::string_view name) {
+  std::string out = "\"";
+  for (const char ch : name) out.append(ch == '"' ? 2 : 1, ch);
+  return out + '"';
+}
+
+std::string relation(const ErrorContext& c) {
+  if (c.table.empty()) return "the table";
+  return c.schema.empty() ? quoted(c.table) : quoted(c.schema) + '.' + quoted(c.table);
+}
+
+std::string grantee(const ErrorContext& c) { return c.user.empty() ? "<user>" : quoted(c.user); }
+
+// What to do, as sentences; empty where nothing general can be said.
+std::string cure(std::string_view sqlstate, const ErrorContext& c) {
+  if (sqlstate == "42P01" || sqlstate == "3F000")
+    return fmt::format(
+        "Table {} is missing{}: set auto_create = true or run `ratesync migrate`, and check table_name and "
+        "schema_name.",
+        relation(c), c.database.empty() ? "" : " in database " + quoted(c.database));
+  if (sqlstate == "42703" || sqlstate == "42883" || sqlstate == "42804")
+    return fmt::format(
+        "The layout of {} is not the expected one: `ratesync doctor` says what differs, `ratesync migrate` "
+        "adds what is missing.",
+        relation(c));
+  if (sqlstate == "42501")
+    return fmt::format(
+        "Let an owner run: {}GRANT SELECT, INSERT, UPDATE ON {} TO {};",
+        c.schema.empty() ? "" : fmt::format("GRANT USAGE ON SCHEMA {} TO {}; ", quoted(c.schema), grantee(c)),
+        c.table.empty() ? "<table>" : relation(c), grantee(c));
+  if (sqlstate == "28P01" || sqlstate == "28000")
+    return fmt::format("Check user and password in the url (host {}, database {}, user {}) and pg_hba.conf.",
+                       where(c), quoted(c.database), quoted(c.user));
+  if (sqlstate == "3D000")
+    return fmt::format("Database {} does not exist at {}: check the url, or create it (createdb {}).",
+                       quoted(c.database), where(c), c.database);
+  if (sqlstate == "53300")
+    return fmt::format(
+        "{} has no connection slot left: lower pool_max_size, raise max_connections, or put PgBouncer in "
+        "between.",
+        where(c));
+  if (sqlstate == "25006")
+    return fmt::format(
+        "{} is read-only (a standby?): add target_session_attrs=read-write to the url and list all hosts.",
+        where(c));
+  if (sqlstate == "57P03")
+    return "The server is starting up or shutting down; this is tried again by itself.";
+  if (sqlstate == "57P01" || sqlstate == "57P02")
+    return "The server ended this session; a new one is opened by itself.";
+  if (sqlstate == "57014")
+    return "A statement_timeout of the server or the role is shorter than the command_timeout.";
+  if (sqlstate == "53100") return "The disk of the server is full.";
+  if (sqlstate == "26000" || sqlstate == "42P05")
+    return "A pooler that moves sessions sits in between: set statement_cache to \"off\" or \"automatic\".";
+  return {};
+}
+
+}  // namespace
+
+bool is_transient(std::string_view s) { return s == "40001" || s == "40P01" || s == "55P03"; }
+
+bool is_row_fault(std::string_view s) { return s.substr(0, 2) == "22" || s.substr(0, 2) == "23"; }
+
+bool is_connection_loss(std::string_view s) {
+  return s.substr(0, 2) == "08" || s == "57P01" || s == "57P02" || s == "57P03" || s == "57P04" ||
+         s == "57P05";
+}
+
+bool is_worth_another_host(std::string_view s) { return is_connection_loss(s) || s == "53300"; }
+
+Status from_server(std::string_view sqlstate, std::string_view primary, const ErrorContext& context) {
+  const bool gone = is_connection_loss(sqlstate) || sqlstate == "53300";
+  std::string message = fmt::format("PostgreSQL: {} (SQLSTATE {})", primary, sqlstate);
+  if (const std::string todo = cure(sqlstate, context); !todo.empty()) message += ". " + todo;
+  return Status::make(gone ? Code::unavailable : Code::server, std::move(message), std::string(sqlstate));
+}
+
+}  // namespace ratesync::postgres
