@@ -8,9 +8,10 @@ def main() -> None:
     try:
         from ratesync.cli import cli
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("click", "rich"):
+        library = (error.name or "").partition(".")[0]
+        if library not in ("click", "rich"):
             raise
-        sys.exit(f'ratesync: the command line needs {error.name}: pip install "ratesync[cli]"')
+        sys.exit(f'ratesync: the command line needs {library}: pip install "ratesync[cli]"')
     cli(prog_name="ratesync")
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "lock",
     "on_drop",
     "shutdown",
+    "use_engine",
 ]
 
 log = logging.getLogger("ratesync")
@@ -53,6 +54,14 @@ def default_engine() -> Engine:
         if _engine is None:
             _engine = Engine()
         return _engine
+
+
+def use_engine(engine: Engine) -> None:
+    """Makes `engine` the default one, for tests with a manual clock. The present one is shut down."""
+    global _engine
+    shutdown()
+    with lock:
+        _engine = engine
 
 
 def on_drop(forget: Callable[[], None]) -> None:

@@ -2,7 +2,7 @@
 
 Every operation of ratesync that may have to wait is an ordinary function that returns a `Pending`.
 The compiled engine has its own; this module has the type that describes both, and `Script`, which
-chains several of them without writing the same code twice.
+chains several of them without writing the same code twice. Nothing happens before one is consumed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ P = ParamSpec("P")
 
 
 class Pending(Protocol[T_co]):
-    """One call that is under way. Consume it once, in one of the two ways.
+    """One call, not started yet: consuming it starts it. Consume it once, in one of the two ways.
 
     `await pending` in asyncio (it is also accepted by `asyncio.create_task`, `gather` and
     `wait_for`), or `pending.wait()` in a plain thread, which blocks, lets other threads run, and can

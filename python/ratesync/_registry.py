@@ -148,10 +148,9 @@ class RateLimiterRegistry:
             if built is not None and not built._closed:
                 return built
             config = self.store_config(store_id)
-            core = _engine.default_engine().add_store(
-                store_id, config.engine, msgspec.structs.asdict(config.options)
-            )
-            store = Store(core, config.options.timing_margin)
+            engine = _engine.default_engine()
+            core = engine.add_store(store_id, config.engine, msgspec.structs.asdict(config.options))
+            store = Store(core, engine.now, config.options.timing_margin)
             self._stores[store_id] = store
             return store
 

@@ -129,12 +129,13 @@ def init(path: str, force: bool) -> None:
     """
     target = Path(path)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.parent.is_dir():
+            target.parent.mkdir(parents=True)
         with open(target, "w" if force else "x", encoding="utf-8") as file:
             file.write(_TEMPLATE)
-    except FileExistsError:
-        raise _Failure(f"{path} exists already; --force replaces it") from None
     except OSError as error:
+        if target.exists() and not force:
+            raise _Failure(f"{path} exists already; --force replaces it") from None
         raise _Failure(f"{path} cannot be written: {error.strerror or error}") from None
     click.echo(f"wrote {path}; next: ratesync check {path}")
 

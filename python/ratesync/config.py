@@ -166,8 +166,8 @@ def expand(text: str, where: str) -> str:
         body = _BODY.match(match["body"]) if match["end"] else None
         if body is None:
             raise ConfigValidationError(
-                f"{where}: {match[0][:60]!r} is neither ${{NAME}} nor ${{NAME:-default}}; a literal '${{' is "
-                "written '$${'"
+                f"{where}: what follows at character {match.start() + 1} is neither ${{NAME}} nor "
+                "${NAME:-default}; a literal '${' is written '$${'"  # not shown: it may be part of a password
             )
         replaced = True
         value = os.environ.get(body["name"], body["default"])

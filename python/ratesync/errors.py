@@ -88,6 +88,10 @@ class ConfigValidationError(RateLimiterError, ValueError):
 class ConfigFileNotFoundError(ConfigValidationError, FileNotFoundError):
     """The configuration file that was named does not exist. Also a FileNotFoundError."""
 
+    def __new__(cls, *args: object, **_kwargs: object) -> ConfigFileNotFoundError:
+        # By attribute, ValueError's __new__ would come first and refuse an OSError's layout.
+        return FileNotFoundError.__new__(cls, *args)
+
 
 class RateLimiterNotConfiguredError(RateLimiterError):
     """A limiter was used that nothing configured."""

@@ -393,12 +393,23 @@ class RateLimiter(Limiter):
         return not self._store._closed and (self._initialized or self._metrics.total_acquisitions > 0)
 
     def _read_counters(self) -> Mapping[str, Any]:
-        counters = dict(self._counters())
-        grants = counters.get("total_acquisitions", 0)
-        counters.setdefault(
-            "avg_wait_time_ms", counters.get("total_wait_time_ms", 0.0) / grants if grants else 0.0
-        )
-        return counters
+        counters = self._counters()
+        grants, waited_ms = counters["acquisitions"], counters["wait_seconds"] * 1000
+        latest = counters["last_acquisition"]  # on the engine's clock
+        return {
+            "total_acquisitions": grants,
+            "total_wait_time_ms": waited_ms,
+            "avg_wait_time_ms": waited_ms / grants if grants else 0.0,
+            "max_wait_time_ms": counters["max_wait_seconds"] * 1000,
+            "cas_failures": counters.get("cas_failures", 0),
+            "timeouts": counters["timeouts"],
+            "last_acquisition_at": time.time() - (self._store._now() - latest) if latest else None,
+            "current_concurrent": counters["held"],
+            "max_concurrent_reached": counters["refused_concurrency"],
+            "total_releases": counters["releases"],
+            "passed_open": counters["passed_open"],
+            "leases_lost": counters["leases_lost"],
+        }
 
     def __repr__(self) -> str:
         parts = [

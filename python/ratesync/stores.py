@@ -7,15 +7,18 @@ migrations, diagnosis, and listing who holds what. Every method that talks to th
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 import weakref
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from ratesync._engine import CoreStore
 from ratesync._pending import Pending, script
+from ratesync.errors import StoreClosedError
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
 
 __all__ = ["Finding", "GroupRow", "HolderRow", "MigrationStep", "Store", "StoreListing"]
 
@@ -80,8 +83,9 @@ class Store:
         >>> store.initialize().wait()
     """
 
-    def __init__(self, core: CoreStore, timing_margin_ms: float = 0.0) -> None:
+    def __init__(self, core: CoreStore, now: Callable[[], float], timing_margin_ms: float) -> None:
         self._core = core
+        self._now = now  # the engine's clock, in seconds
         self._timing_margin_ms = timing_margin_ms  # for the limiters on it
         self._closed = False
         self._initialized = False
@@ -155,5 +159,10 @@ class Store:
 
 
 def _close_quietly(core: CoreStore, pid: int) -> None:
+    # Called by the garbage collector, which must not block; the thread ends with the last socket.
+    def close() -> None:
+        with contextlib.suppress(StoreClosedError):  # the whole engine was stopped meanwhile
+            core.close().wait()
+
     if pid == os.getpid():
-        core.close()
+        threading.Thread(target=close, name="ratesync-close", daemon=True).start()
