@@ -1,0 +1,59 @@
+"""What type checkers see of the public API. Checked by test_public_api.py, never run."""
+
+from __future__ import annotations
+
+from typing import assert_type
+
+import ratesync
+
+
+async def in_asyncio() -> None:
+    async with ratesync.acquire("api", timeout=2, cost=3, key="tenant-7") as permit:
+        assert_type(permit, ratesync.Permit)
+        assert_type(permit.waited, float)
+        assert_type(permit.lost, bool)
+    assert_type(await ratesync.acquire("api"), ratesync.Permit)
+    assert_type(await ratesync.try_acquire("api", 1.5, key="k"), bool)
+    limiter = await ratesync.get_or_clone_limiter("api", "tenant")
+    assert_type(limiter, ratesync.RateLimiter)
+    assert_type(await limiter.try_acquire(), bool)
+    assert_type(await limiter.release(), bool)
+    assert_type(await limiter.get_state(), ratesync.LimiterState)
+    async with limiter.acquire_context(timeout=1.0) as permit:
+        assert_type(permit, ratesync.Permit)
+    async with limiter:
+        pass
+    await limiter.acquire(2.0, cost=2)
+    await ratesync.initialize_all_limiters()
+
+
+def in_threads() -> None:
+    with ratesync.acquire("api", 2) as permit:
+        assert_type(permit, ratesync.Permit)
+    assert_type(ratesync.try_acquire("api").wait(), bool)
+    limiter = ratesync.get_limiter("api")
+    assert_type(limiter.acquire().wait(), None)
+    assert_type(limiter.rate_per_second, float | None)
+    assert_type(limiter.get_metrics().total_acquisitions, int)
+    assert_type(limiter.get_metrics().last_acquisition_at, float | None)
+    store = ratesync.get_store("db")
+    for step in store.migrate(dry_run=True).wait():
+        assert_type(step["sql"], str)
+    for holder in store.list(5).wait()["holders"]:
+        assert_type(holder["held_for"], float)
+
+
+def results_can_be_passed_on(pending: ratesync.Pending[bool]) -> bool:
+    return pending.wait()
+
+
+def uses() -> None:
+    results_can_be_passed_on(ratesync.try_acquire("api"))
+    results_can_be_passed_on(ratesync.get_limiter("api").release())
+
+
+def mistakes() -> None:
+    ratesync.acquire("api", 1, 2)  # type: ignore[call-arg]
+    ratesync.configure_limiter("api", rate_per_second="1")  # type: ignore[arg-type]
+    ratesync.get_limiter("api").rate_per_second = 5  # type: ignore[misc]
+    ratesync.try_acquire("api", key=5)  # type: ignore[arg-type]

@@ -1,0 +1,105 @@
+"""The public surface: exactly these names, all documented; whatever else is added has to be added here."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+import ratesync
+
+FUNCTIONS = {
+    "acquire": "(limiter_id, timeout=None, *, cost=1, key=None)",
+    "clone_limiter": "(source_id: 'str', new_id: 'str', *, rate_per_second: 'float | None' = None, "
+    "max_concurrent: 'int | None' = None, timeout: 'float | None' = None, limit: 'int | None' = None, "
+    "window_seconds: 'float | None' = None) -> 'None'",
+    "combine_identifiers": "(*identifiers: 'object', separator: 'str' = ':') -> 'str'",
+    "configure_limiter": "(limiter_id: 'str', store_id: 'str' = 'memory', "
+    "rate_per_second: 'float | None' = None, "
+    "max_concurrent: 'int | None' = None, timeout: 'float | None' = None, algorithm: 'str' = 'token_bucket', "
+    "limit: 'int | None' = None, window_seconds: 'float | None' = None, fail_closed: 'bool' = False, *, "
+    "burst: 'int' = 1, outage_budget: 'float' = 0.25, lease_seconds: 'float' = 30.0, "
+    "max_hold_seconds: 'float | None' = None) -> 'None'",
+    "configure_store": "(store_id: 'str', strategy: 'str | None' = None, *, engine: 'str | None' = None, "
+    "**options: 'Any') -> 'None'",
+    "get_limiter": "(limiter_id: 'str') -> 'RateLimiter'",
+    "get_or_clone_limiter": None,
+    "get_store": "(store_id: 'str') -> 'Store'",
+    "hash_identifier": "(identifier: 'str', *, length: 'int' = 16, salt: 'str' = '', "
+    "algorithm: 'str' = 'sha256') -> 'str'",
+    "initialize_all_limiters": None,
+    "initialize_limiter": None,
+    "list_limiters": "() -> 'dict[str, dict[str, Any]]'",
+    "list_stores": "() -> 'dict[str, dict[str, Any]]'",
+    "load_config": "(config_path: 'str | os.PathLike[str]') -> 'None'",
+    "shutdown": "() -> 'None'",
+    "try_acquire": "(limiter_id: 'str', timeout: 'float' = 0, *, cost: 'int' = 1, key: 'str | None' = None)"
+    " -> 'Pending[bool]'",
+}
+CLASSES = {
+    "LimiterReadOnlyConfig",
+    "LimiterState",
+    "Pending",
+    "Permit",
+    "RateLimiter",
+    "RateLimiterMetrics",
+    "Store",
+}
+ERRORS = {
+    "AcquireTimeoutError",
+    "ConfigFileNotFoundError",
+    "ConfigValidationError",
+    "InDoubtError",
+    "InternalError",
+    "LimiterNotFoundError",
+    "OperationCancelledError",
+    "RateLimiterAcquisitionError",
+    "RateLimiterAlreadyConfiguredError",
+    "RateLimiterError",
+    "RateLimiterNotConfiguredError",
+    "RateLimiterNotInitializedError",
+    "StoreClosedError",
+    "StoreError",
+    "StoreExhaustedError",
+    "StoreNotFoundError",
+    "StoreProtocolError",
+    "StoreServerError",
+    "StoreTimeoutError",
+    "StoreUnavailableError",
+}
+
+
+def test_the_package_exports_exactly_these_names() -> None:
+    assert set(ratesync.__all__) == {*FUNCTIONS, *CLASSES, *ERRORS, "__version__"}
+    assert len(ratesync.__all__) == len(set(ratesync.__all__))
+    assert set(ratesync.errors.__all__) == ERRORS
+
+
+def test_names_of_later_versions_are_absent_and_not_stubs() -> None:
+    for name in (
+        "rate_limited",
+        "check_limiter",
+        "CompositeRateLimiter",
+        "RedisRateLimiter",
+        "configure_fastapi",
+    ):
+        assert not hasattr(ratesync, name)
+
+
+@pytest.mark.parametrize("name", [name for name, signature in FUNCTIONS.items() if signature])
+def test_signatures_are_what_existing_code_calls(name: str) -> None:
+    assert str(inspect.signature(getattr(ratesync, name))) == FUNCTIONS[name]
+
+
+@pytest.mark.parametrize("name", sorted(set(ratesync.__all__) - {"__version__"}))
+def test_every_public_name_is_documented(name: str) -> None:
+    member = getattr(ratesync, name)
+    assert inspect.getdoc(member), name
+    if inspect.isclass(member):
+        for attribute, value in vars(member).items():
+            if not attribute.startswith("_") and (callable(value) or isinstance(value, property)):
+                assert inspect.getdoc(value), f"{name}.{attribute}"
+
+
+def test_the_version_is_a_version() -> None:
+    assert ratesync.__version__.split(".")[0].isdigit()
