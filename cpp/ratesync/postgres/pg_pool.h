@@ -26,8 +26,7 @@ struct PoolOptions {
 
 class PgPool {
  public:
-  // A borrowed connection. Give it back with `put`, exactly once. `broken` is true when its last
-  // pipeline ended in unavailable or in_doubt.
+  // A borrowed connection. Give it back with `put`, exactly once, whatever became of it.
   using Lease = std::shared_ptr<Connection>;
   using OnLease = std::function<void(Result<Lease>)>;
   // Runs on every new connection before it is handed out (schema check); may use it.
@@ -38,11 +37,13 @@ class PgPool {
   virtual ~PgPool() = default;
 
   virtual void set_setup(Setup setup) = 0;
-  // FIFO. Errors: unavailable (fail fast while down; message has host, port and elapsed),
-  // timeout/exhausted (message has sizes, waiters and pool_max_size), closed, server (authentication,
+  // FIFO; `done` runs on the loop, never inside get(). Errors: unavailable (fail fast while down;
+  // message has host, port and elapsed), timeout/exhausted (message has sizes, waiters and pool_max_size), closed, server (authentication,
   // database missing: with the cure).
   virtual void get(OnLease done) = 0;
   virtual void put(Lease lease) = 0;  // a connection that is not open() any more is dropped
+  // Waiters get Code::closed; lent connections may finish their pipeline, for command_timeout at
+  // most, and are then closed in the borrower's hands.
   virtual void close(std::function<void()> done) = 0;
   virtual void abandon_after_fork() = 0;
   [[nodiscard]] virtual bool down() const = 0;
