@@ -1,6 +1,8 @@
 // Everything that is not on the hot path: calls that return a Pending, and construction.
 #pragma once
 
+#include <pybind11/pybind11.h>
+
 #include "ratesync/bindings/objects.h"
 
 namespace ratesync::bindings {
@@ -17,10 +19,16 @@ class PendingCall {
  public:
   using Start = std::function<PyObject*()>;  // new reference, or null with an exception set
   PendingCall(Start begin, Start block) : begin_(std::move(begin)), block_(std::move(block)) {}
+  ~PendingCall();
+  PendingCall(const PendingCall&) = delete;
+  PendingCall& operator=(const PendingCall&) = delete;
   PyObject* begin() const { return begin_(); }
   PyObject* block() const { return block_(); }
+  pybind11::object iterator();  // begun at the first use
+  void close();
 
  private:
+  PyObject* iterator_ = nullptr;
   Start begin_;
   Start block_;
 };

@@ -184,7 +184,7 @@ LimiterImpl* live(LimiterObject* limiter) {
 
 std::uint64_t caller_key(bool async) {
   if (!async) return (static_cast<std::uint64_t>(PyThread_get_thread_ident()) << 1) | 1;
-  PyObject* task = PyObject_CallNoArgs(state().current_task);
+  PyObject* task = load_asyncio() ? PyObject_CallNoArgs(state().current_task) : nullptr;
   if (!task) {
     PyErr_Clear();
     return 0;
@@ -215,8 +215,10 @@ PyObject* limiter_aenter(PyObject* object, PyObject*) {
     const memory::QuickReply reply =
         impl->memory->try_now(*impl->pin.shard(), *impl->pin.cell(), *impl->core->group, 1);
     if (reply.verdict == memory::Quick::granted) {
-      auto& count = impl->core->counters.quick_acquisitions;
-      count.store(count.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
+      engine::Counters& counters = impl->core->counters;
+      counters.quick_acquisitions.store(counters.quick_acquisitions.load(std::memory_order_relaxed) + 1,
+                                        std::memory_order_relaxed);
+      counters.last_acquisition.store(reply.now, std::memory_order_relaxed);
       Py_INCREF(state().ready_none);
       return state().ready_none;
     }

@@ -80,7 +80,26 @@ LoopState::LoopState(PyObject* loop) : target(std::make_shared<engine::LoopTarge
 
 LoopState::~LoopState() { discard(target->close()); }
 
+bool load_asyncio() {
+  ModuleState& s = state();
+  if (s.get_running_loop) return true;
+  try {
+    const py::module_ asyncio = py::module_::import("asyncio");
+    s.current_task = py::object(asyncio.attr("current_task")).release().ptr();
+    s.cancelled_error = py::object(asyncio.attr("CancelledError")).release().ptr();
+    s.get_running_loop = py::object(asyncio.attr("_get_running_loop")).release().ptr();
+  } catch (py::error_already_set& error) {
+    error.restore();
+    return false;
+  }
+  return true;
+}
+
 bool in_running_loop() {
+  if (!load_asyncio()) {
+    PyErr_Clear();
+    return false;
+  }
   PyObject* loop = PyObject_CallNoArgs(state().get_running_loop);
   if (!loop) {
     PyErr_Clear();
@@ -92,6 +111,7 @@ bool in_running_loop() {
 }
 
 std::shared_ptr<LoopState> running_loop_state() {
+  if (!load_asyncio()) return nullptr;
   PyObject* loop = PyObject_CallNoArgs(state().get_running_loop);
   if (!loop) return nullptr;
   Py_DECREF(loop);  // the running loop is alive as long as it runs

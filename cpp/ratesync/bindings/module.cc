@@ -165,8 +165,21 @@ void after_fork_in_child() {
 
 }  // namespace
 
+py::object PendingCall::iterator() {
+  if (!iterator_) iterator_ = steal_or_throw(steal_or_throw(begin()).attr("__await__")().release().ptr()).release().ptr();
+  return py::reinterpret_borrow<py::object>(iterator_);
+}
+
+void PendingCall::close() {
+  if (!iterator_) return;
+  const py::object closing = py::reinterpret_steal<py::object>(std::exchange(iterator_, nullptr));
+  if (py::hasattr(closing, "close")) closing.attr("close")();
+}
+
+PendingCall::~PendingCall() { Py_XDECREF(iterator_); }
+
 PyObject* make_pending(PendingCall::Start begin, PendingCall::Start block) {
-  return py::cast(PendingCall(std::move(begin), std::move(block))).release().ptr();
+  return py::cast(std::make_unique<PendingCall>(std::move(begin), std::move(block))).release().ptr();
 }
 
 PyObject* to_python(const store::Unit&) { Py_RETURN_NONE; }
@@ -240,17 +253,17 @@ PYBIND11_MODULE(_core, module) {
   if (!init_waiter_type(module.ptr()) || !init_permit_type(module.ptr()) || !init_limiter_type(module.ptr()))
     throw py::error_already_set();
   s.bound = PyDict_New();
-  const py::module_ asyncio = py::module_::import("asyncio");
-  s.get_running_loop = py::object(asyncio.attr("_get_running_loop")).release().ptr();
-  s.current_task = py::object(asyncio.attr("current_task")).release().ptr();
-  s.cancelled_error = py::object(asyncio.attr("CancelledError")).release().ptr();
 
-  py::class_<PendingCall>(module, "Pending", "One call: `await` it in asyncio, or `wait()` in a plain thread.")
+  py::class_<PendingCall, std::unique_ptr<PendingCall>>(module, "Pending", "One call: `await` it in asyncio, or `wait()` in a plain thread.")
       .def("__await__", [](const PendingCall& self) {
         // begin() gives an awaitable; its iterator is what `await` wants.
         const py::object awaitable = steal_or_throw(self.begin());
         return awaitable.attr("__await__")();
       })
+      // The rest of the coroutine protocol, so that create_task() takes it.
+      .def("send", [](PendingCall& self, const py::object& value) { return self.iterator().attr("send")(value); })
+      .def("throw", [](PendingCall& self, const py::args& args) { return self.iterator().attr("throw")(*args); })
+      .def("close", [](PendingCall& self) { self.close(); })
       .def("wait", [](const PendingCall& self) { return steal_or_throw(self.block()); },
            "wait()\n--\n\nRun the call from a plain thread and return its result. Ctrl-C works.");
   bind_store(module);

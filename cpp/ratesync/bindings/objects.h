@@ -38,7 +38,7 @@ struct ModuleState {
   PyObject* denied_error = nullptr;
   PyObject* invalid_error = nullptr;
   PyObject* log = nullptr;
-  PyObject* get_running_loop = nullptr;  // asyncio._get_running_loop: None outside
+  PyObject* get_running_loop = nullptr;  // of asyncio, once load_asyncio() was needed
   PyObject* current_task = nullptr;
   PyObject* cancelled_error = nullptr;
 };
@@ -144,6 +144,8 @@ void give_back(engine::Engine& engine, engine::Completion* completion);
 PyObject* raise_status(const Status& status, const std::string& store_id);
 
 // loop.cc
+// Imports asyncio at the first use that needs it: half of the time of `import ratesync` otherwise.
+bool load_asyncio();
 std::shared_ptr<LoopState> running_loop_state();  // null with RuntimeError set when there is none
 bool in_running_loop();
 class LoopState {

@@ -76,6 +76,7 @@ bool quick(PermitObject* permit, LimiterImpl& impl, memory::QuickReply* reply) {
     // Plain adds: callers hold the GIL, and the I/O thread has counters of its own.
     counters.quick_acquisitions.store(counters.quick_acquisitions.load(std::memory_order_relaxed) + 1,
                                       std::memory_order_relaxed);
+    counters.last_acquisition.store(reply->now, std::memory_order_relaxed);
     permit->phase = Phase::granted;
     permit->waited = 0;
     permit->remaining = -1;
@@ -468,7 +469,11 @@ PyMethodDef kMethods[] = {
     {"release", permit_release, METH_NOARGS,
      "release()\n--\n\nGive the concurrency slot back, if one is held. Calling it again does nothing.\n\n"
      "Example:\n    permit = await acquire(\"api\")\n    permit.release()"},
-    {"_settle", settle_method, METH_O, "Pending: correct the charge to the actual cost."},
+    {"settle", settle_method, METH_O,
+     "settle(actual_cost)\n--\n\nCorrect the charge to what it really cost: gives the difference back, or charges more.\n\n"
+     "Args:\n    actual_cost: units, 0 or more.\n\nReturns:\n    A `Pending`: await it, or `.wait()` in a thread.\n\n"
+     "Raises:\n    ConfigValidationError: not a whole number of 0 or more.\n    RuntimeError: before the grant.\n\n"
+     "Example:\n    async with acquire(\"llm\", cost=1000) as permit:\n        await permit.settle(used_tokens)"},
     {nullptr, nullptr, 0, nullptr},
 };
 

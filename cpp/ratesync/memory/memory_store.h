@@ -66,6 +66,7 @@ struct QuickReply {
   Quick verdict = Quick::granted;
   store::Verdict why = store::Verdict::granted;
   Nanos retry_after = 0;
+  Nanos now = 0;
 };
 
 class MemoryStore final : public store::Store, public store::LimitStore {
@@ -126,14 +127,14 @@ class MemoryStore final : public store::Store, public store::LimitStore {
 inline QuickReply MemoryStore::decide_now(Cell& cell, const store::Group& group, std::int64_t cost, Nanos now) {
   const limits::Params& params = group.params;
   if (params.has_concurrency() && (cell.active >= params.max_concurrent || cell.waiters > 0))
-    return {Quick::refused, store::Verdict::concurrency_full, 0};
+    return {Quick::refused, store::Verdict::concurrency_full, 0, now};
   if (params.has_rate()) {
     const Nanos wait = limits::take_now(params, group.pace, &cell.tat, now, cost);
-    if (wait > 0) return {Quick::refused, store::Verdict::rate_limited, wait};
+    if (wait > 0) return {Quick::refused, store::Verdict::rate_limited, wait, now};
   }
   if (params.has_concurrency()) ++cell.active;
   ++cell.version;
-  return {};
+  return {Quick::granted, store::Verdict::granted, 0, now};
 }
 
 }  // namespace ratesync::memory
