@@ -209,7 +209,8 @@ PyObject* enter(LimiterObject* limiter, bool async) {
 
 PyObject* limiter_aenter(PyObject* object, PyObject*) {
   LimiterObject* limiter = self_of(object);
-  LimiterImpl* impl = live(limiter);
+  LimiterImpl* impl = limiter->impl;
+  if (!impl || impl->generation != g_generation.load(std::memory_order_relaxed)) impl = live(limiter);
   if (!impl) return nullptr;
   if (impl->rate_only && impl->engine->running()) {
     const memory::QuickReply reply =
