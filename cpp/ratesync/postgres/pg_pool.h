@@ -38,8 +38,8 @@ class PgPool {
 
   virtual void set_setup(Setup setup) = 0;
   // FIFO; `done` runs on the loop, never inside get(). Errors: unavailable (fail fast while down;
-  // message has host, port and elapsed), timeout/exhausted (message has sizes, waiters and pool_max_size), closed, server (authentication,
-  // database missing: with the cure).
+  // message has host, port and elapsed), timeout/exhausted (message has sizes, waiters and
+  // pool_max_size), closed, server (authentication, database missing: with the cure).
   virtual void get(OnLease done) = 0;
   virtual void put(Lease lease) = 0;  // a connection that is not open() any more is dropped
   // Waiters get Code::closed; lent connections may finish their pipeline, for command_timeout at
