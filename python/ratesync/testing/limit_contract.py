@@ -277,7 +277,7 @@ class LimitContract:
     async def test_a_forgotten_permit_warns_and_gives_its_slot_back(self, limit: MakeLimiter) -> None:
         limiter = limit(max_concurrent=1)
         permit = await limiter.acquire_context()
-        with pytest.warns(ResourceWarning):
+        with pytest.warns(ResourceWarning):  # noqa: PT031 - dropping it is the call
             del permit
             gc.collect()
         assert await limiter.try_acquire(timeout=5.0)
@@ -310,10 +310,8 @@ class LimitContract:
         await asyncio.sleep(0.05)
         for task in tasks:
             task.cancel()
-        assert all(
-            isinstance(r, asyncio.CancelledError)
-            for r in await asyncio.gather(*tasks, return_exceptions=True)
-        )
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(result) for result in results] == [asyncio.CancelledError] * 5
 
         async def all_given_back() -> bool:
             return (await limiter.peek()).retry_after <= before
@@ -438,7 +436,8 @@ class LimitContract:
         program = """if True:
             import json, sys, ratesync
             ratesync.configure_store("contract", **json.loads(sys.argv[1]))
-            ratesync.configure_limiter(sys.argv[2], "contract", rate_per_second=0.01, burst=7, fail_closed=True)
+            options = {"rate_per_second": 0.01, "burst": 7, "fail_closed": True}
+            ratesync.configure_limiter(sys.argv[2], "contract", **options)
             print(sum(ratesync.try_acquire(sys.argv[2]).wait() for _ in range(5)))
         """
         command = [sys.executable, "-c", program, json.dumps(store_options), limiter.group_id]
