@@ -9,6 +9,87 @@
 
 namespace ratesync::engine {
 
+#ifdef RATESYNC_HAS_POSTGRES
+namespace {
+
+// Reads options by name and remembers the first that does not fit. The Python layer has checked
+// them already, with better words; this is what keeps the core safe from any other caller.
+class Reader {
+ public:
+  explicit Reader(const StoreOptions& options) : left_(options) {}
+
+  void text(const char* name, std::string& into) { read(name, "a string", [&](const Option& o) { return take(o, into); }); }
+  void flag(const char* name, bool& into) { read(name, "true or false", [&](const Option& o) { return take(o, into); }); }
+  void count(const char* name, std::size_t& into) {
+    std::int64_t value = 0;
+    read(name, "a whole number from 0", [&](const Option& o) {
+      if (!take(o, value) || value < 0) return false;
+      into = static_cast<std::size_t>(value);
+      return true;
+    });
+  }
+  void seconds(const char* name, Nanos& into) {
+    read(name, "seconds above 0 and up to 86400", [&](const Option& o) {
+      std::int64_t whole = 0;
+      double value = 0;
+      if (take(o, whole)) value = static_cast<double>(whole);
+      else if (!take(o, value)) return false;
+      if (!(value > 0 && value <= 86'400)) return false;
+      into = static_cast<Nanos>(value * 1e9);
+      return true;
+    });
+  }
+  void ignore(const char* name) { left_.erase(name); }
+  Status finish() {
+    if (status_.ok() && !left_.empty())
+      status_ = Status::make(Code::invalid, fmt::format("the postgres store has no option '{}'", left_.begin()->first));
+    return status_;
+  }
+
+ private:
+  template <class T>
+  static bool take(const Option& option, T& into) {
+    const T* value = std::get_if<T>(&option);
+    if (value) into = *value;
+    return value != nullptr;
+  }
+  template <class Take>
+  void read(const char* name, const char* expected, Take take_it) {
+    const auto found = left_.find(name);
+    if (found == left_.end()) return;
+    if (!take_it(found->second) && status_.ok())
+      status_ = Status::make(Code::invalid, fmt::format("option {}: expected {}", name, expected));
+    left_.erase(found);
+  }
+
+  StoreOptions left_;
+  Status status_;
+};
+
+Result<postgres::PostgresOptions> postgres_options(const StoreOptions& options) {
+  postgres::PostgresOptions out;
+  Reader reader(options);
+  reader.text("url", out.url);
+  reader.text("schema_name", out.schema_name);
+  reader.text("table_name", out.table_name);
+  reader.flag("auto_create", out.auto_create);
+  reader.count("pool_min_size", out.pool_min_size);
+  reader.count("pool_max_size", out.pool_max_size);
+  reader.seconds("command_timeout", out.command_timeout);
+  reader.seconds("connect_timeout", out.connect_timeout);
+  reader.text("synchronous_commit", out.synchronous_commit);
+  reader.flag("unlogged", out.unlogged);
+  reader.text("statement_cache", out.statement_cache);
+  reader.count("lanes", out.lanes);
+  reader.ignore("timing_margin_ms");  // of the limiters on the store
+  Status status = reader.finish();
+  if (!status.ok()) return status;
+  return out;
+}
+
+}  // namespace
+#endif
+
 Result<std::unique_ptr<store::Store>> make_store(const std::string& kind, const StoreOptions& options,
                                                  asio::io_context& io, const Clock& clock) {
   (void)io;
@@ -19,7 +100,9 @@ Result<std::unique_ptr<store::Store>> make_store(const std::string& kind, const 
   }
   if (kind == "postgres") {
 #ifdef RATESYNC_HAS_POSTGRES
-    return postgres::PostgresStore::create(io, clock, options);
+    Result<postgres::PostgresOptions> parsed = postgres_options(options);
+    if (!parsed.ok()) return parsed.status();
+    return postgres::PostgresStore::create(io, clock, std::move(parsed.value()));
 #else
     return Status::make(Code::invalid,
                         "this build of ratesync has no PostgreSQL store: install libpq (Debian: libpq-dev) and "
