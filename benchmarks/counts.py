@@ -1,0 +1,157 @@
+"""Counts: statements and round trips per acquisition, exact, and a gate: exit status 1 when one is exceeded.
+
+Counted on both sides: by our store (`Store.stats`), and by the server's `pg_stat_statements`, read over an
+asyncpg connection, which sees every statement whoever sent it. No clock decides anything here.
+
+Traps avoided: statistics that the server reports late (pg_stat_database) are not used; the statements that
+set up a connection are kept out by warming up, and the two counts have to be equal afterwards, so neither
+can hide work from the other; "cancelled before it was sent" is made certain by a row lock, not by luck.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from urllib.parse import urlsplit
+
+import asyncpg
+
+import ratesync
+from benchmarks import pg
+from benchmarks.report import Goal, Report, Table, integer
+
+SEEN = (
+    "SELECT coalesce(sum(calls), 0)::int8 FROM pg_stat_statements AS s "
+    "JOIN pg_database AS d ON d.oid = s.dbid WHERE d.datname = $1 AND s.query ILIKE '%rate_limiter_state%'"
+)
+
+
+class _Counted:
+    def __init__(self, grants: int, trips: int, statements: int, seen: int) -> None:
+        self.grants = grants
+        self.trips = trips
+        self.statements = statements
+        self.seen = seen
+
+
+class _Books:
+    """Counts what a piece of work sent, by our account and by the server's."""
+
+    def __init__(self, witness: asyncpg.Connection, database: str) -> None:
+        self._witness = witness
+        self._database = database
+
+    async def of(self, limiter_id: str, work: Callable[[], Awaitable[object]]) -> _Counted:
+        store = ratesync.get_store("db")
+        metrics = ratesync.get_limiter(limiter_id).get_metrics()
+        grants = metrics.total_acquisitions
+        before, seen = await store.stats(), await self._seen()
+        await work()
+        after = await store.stats()
+        return _Counted(
+            metrics.total_acquisitions - grants,
+            after["round_trips"] - before["round_trips"],
+            after["statements"] - before["statements"],
+            await self._seen() - seen,
+        )
+
+    async def _seen(self) -> int:
+        return int(await self._witness.fetchval(SEEN, self._database))
+
+
+def run(quick: bool) -> Report:
+    pg.need(pg.can_measure())
+    with pg.server(shared_preload_libraries="pg_stat_statements") as started:
+        started.execute("CREATE EXTENSION pg_stat_statements")
+        return asyncio.run(_run(started, 20 if quick else 200))
+
+
+async def _run(started: pg.PostgresServer, repeats: int) -> Report:
+    url = await asyncio.to_thread(pg.database, started)
+    ratesync.configure_store("db", "postgres", url=url, auto_create=True, command_timeout=30)
+    generous = {"rate_per_second": 1e7, "burst": 1_000_000_000, "fail_closed": True, "outage_budget": 30.0}
+    ratesync.configure_limiter("hot", "db", **generous)  # type: ignore[arg-type]
+    ratesync.configure_limiter("slots", "db", max_concurrent=1000, **generous)  # type: ignore[arg-type]
+    witness = await asyncpg.connect(started.url(socket=True))
+    blocker = await asyncpg.connect(url)
+    books = _Books(witness, urlsplit(url).path.lstrip("/"))
+    acquire = ratesync.acquire
+
+    async def lone() -> None:
+        for _ in range(100):
+            await acquire("hot")
+
+    async def refused() -> None:
+        for _ in range(100):
+            await ratesync.try_acquire("hot", cost=1_000_000_000)
+
+    async def slots() -> None:
+        for _ in range(100):
+            async with acquire("slots"):
+                pass
+            await ratesync.get_store("db").stats()  # the release has passed the I/O thread
+
+    async def crowd() -> None:
+        async def one() -> None:
+            for _ in range(repeats):
+                await acquire("hot")
+
+        await asyncio.gather(*(one() for _ in range(1000)))
+
+    async def given_up() -> None:
+        # The row is locked, so the first call waits at the server, and the others behind it in our queue.
+        async with blocker.transaction():
+            await blocker.execute("SELECT 1 FROM rate_limiter_state WHERE group_id = 'hot' FOR UPDATE")
+            first = asyncio.create_task(acquire("hot"))  # type: ignore[arg-type]
+            while not await witness.fetchval(
+                "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+            ):
+                await asyncio.sleep(0)
+            others = [asyncio.create_task(acquire("hot")) for _ in range(100)]  # type: ignore[arg-type]
+            await asyncio.sleep(0)
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+        await first
+
+    # Connections of all lanes, prepared statements, schema.
+    await lone()
+    await slots()
+    await crowd()
+
+    counted = {
+        "100 lone acquires": await books.of("hot", lone),
+        "100 lone tries that are refused": await books.of("hot", refused),
+        f"1,000 tasks, {1000 * repeats:,} acquires": await books.of("hot", crowd),
+        "1 acquire sent, 100 cancelled before": await books.of("hot", given_up),
+        "100 lone acquires and releases of a slot": await books.of("slots", slots),
+    }
+    await blocker.close()
+    await witness.close()
+    table = Table(
+        "counts: what reached the server",
+        ["", "grants", "round trips", "statements", "statements seen by the server"],
+        [
+            [name, integer(c.grants), integer(c.trips), integer(c.statements), integer(c.seen)]
+            for name, c in counted.items()
+        ],
+    )
+    one, refusal, many, cancelled, _ = counted.values()
+    goals = [
+        Goal("round trips of one acquire", one.trips / one.grants, 1),
+        Goal("statements of one acquire", one.seen / one.grants, 1),
+        Goal("round trips of one refusal", refusal.trips / 100, 1),
+        Goal("1,000 tasks: statements per grant", many.seen / many.grants, 0.02),
+        Goal("round trips of 100 cancelled acquires", cancelled.trips - 1, 0),
+        Goal("grants charged for 100 cancelled acquires", cancelled.grants - 1, 0),
+        *(
+            Goal(f"statements counted by us and by the server differ: {name}", abs(c.seen - c.statements), 0)
+            for name, c in counted.items()
+        ),
+    ]
+    for goal in goals:
+        goal.gated = True
+    await ratesync.get_store("db").close()
+    data = {name: vars(c) for name, c in counted.items()}
+    data["provenance"] = [await asyncio.to_thread(pg.server_version, started)]  # type: ignore[assignment]
+    return Report("counts", [table], goals, data=data)
