@@ -1,0 +1,314 @@
+// The rounds of a trip: what is asked in one pipeline, and how its answer is dealt out.
+#include "ratesync/postgres/limit_trip.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <chrono>
+
+#include "ratesync/postgres/errors.h"
+
+namespace ratesync::postgres {
+
+namespace {
+
+constexpr unsigned kAttempts = 5;
+constexpr unsigned kLostRaces = 20;
+// A connection is given back after so many trips, so that others get their turn.
+constexpr unsigned kTripsInARow = 16;
+
+const Statement kLazyCommit{"ratesync_lazy_commit", "SELECT set_config('synchronous_commit', 'off', true)"};
+
+}  // namespace
+
+void PgLimitStore::begin_trip(Lane& lane, OpBatcher::Batch batch, PgPool::Lease connection, unsigned in_a_row) {
+  auto trip = std::make_shared<Trip>(lane, std::move(batch), std::move(connection));
+  trip->trips_in_a_row = in_a_row;
+  trip->pending.reserve(trip->batch.ops.size());
+  for (QueuedOp& op : trip->batch.ops) {
+    if (op.acquire) tickets_.erase(op.acquire);
+    trip->pending.push_back(&op);
+  }
+  start_round(trip);
+}
+
+// A release whose news went along with an earlier statement.
+void PgLimitStore::drop_needless_restatements(OpList& pending) {
+  std::erase_if(pending, [this](QueuedOp* op) {
+    if (op->kind != QueuedOp::Kind::restate) return false;
+    Holding* holding = holders_.find(op->group->id);
+    if (!holding) return true;
+    holding->queued = false;
+    if (!holding->in_step()) return false;
+    holders_.tidy(*holding);
+    return true;
+  });
+}
+
+void PgLimitStore::start_round(const TripPtr& trip) {
+  for (;;) {
+    drop_needless_restatements(trip->pending);
+    if (!trip->pending.empty()) break;
+    if (trip->parked.empty()) return land(trip);
+    trip->pending = std::move(trip->parked.back());
+    trip->parked.pop_back();
+  }
+  if (!trip->connection->open()) return reconnect(trip);
+  trip->plan = plan_trip(trip->pending, clock_.now(), trip->lane.slots ? 1 : kMaxLayers);
+  std::vector<Call> calls = build_calls(*trip);
+  count(calls, trip->pending.size() - trip->plan.later.size());
+  trip->sent = clock_.now();
+  trip->connection->run(std::move(calls), [this, trip, alive = alive_](PipelineResult result) {
+    if (*alive) answered(trip, std::move(result));
+  });
+}
+
+std::vector<Call> PgLimitStore::build_calls(Trip& trip) {
+  using Durability = LimitStoreOptions::Durability;
+  const LimitSql& sql = backend_.limit_sql();
+  const TripPlan& plan = trip.plan;
+  const bool slots = trip.lane.slots;
+  const bool lazy = options_.durability == Durability::off ||
+                    (options_.durability == Durability::automatic && !slots);
+  std::vector<Call> calls;
+  trip.stated.clear();
+
+  std::vector<std::string_view> resets;
+  for (const Adjustment& adjustment : plan.adjustments)
+    if (adjustment.mode == AdjustMode::reset && leases()) resets.push_back(adjustment.group->id);
+
+  // One statement locks its own rows in order. Where more than one takes locks, all of them are
+  // taken first.
+  const std::vector<std::string_view> groups = plan.groups();
+  const bool lock_first = (slots && !plan.layers.empty()) || !resets.empty() ||
+                          (!plan.adjustments.empty() && groups.size() > 1);
+  if (lock_first) calls.push_back({&sql.lock, {Param::text(array_of_text(groups))}});
+  // The rate statement says it itself.
+  const bool writes = !plan.adjustments.empty() || !plan.layers.empty();
+  if (lazy && writes && (slots || plan.layers.empty())) calls.push_back({&kLazyCommit, {}});
+
+  trip.adjust_call = calls.size();
+  if (!plan.adjustments.empty()) calls.push_back({&sql.adjust, adjust_params(plan.adjustments)});
+  if (!resets.empty()) calls.push_back({&sql.drop_leases, {Param::text(array_of_text(resets))}});
+
+  trip.layer_call = calls.size();
+  for (const Layer& layer : plan.layers) {
+    if (slots) {
+      calls.push_back(slots_call(trip, layer));
+    } else {
+      calls.push_back({&sql.rate, run_params(layer)});
+      calls.back().params.push_back(Param::text(lazy ? "t" : "f"));
+    }
+  }
+
+  trip.peek_call = calls.size();
+  if (!plan.peeks.empty()) calls.push_back({&sql.peek, peek_params(plan.peeks)});
+  return calls;
+}
+
+Call PgLimitStore::slots_call(Trip& trip, const Layer& layer) {
+  Call call{&backend_.limit_sql().slots, run_params(layer)};
+  ArrayWriter slots, held, holder, fresh, lease, freed;
+  for (const Run& run : layer) {
+    Holding& holding = holders_.of(run.group);
+    holders_.sent(holding);
+    trip.stated.push_back(&holding);
+    slots.add(run.group->params.max_concurrent);
+    held.add(holding.sent_held);
+    holder.add(static_cast<std::int64_t>(holding.id));
+    fresh.add(static_cast<std::int64_t>(holding.fresh));
+    lease.add(run.group->params.lease / kMicro);
+    freed.add(holding.sent_freed);
+  }
+  call.params.push_back(slots.take());
+  if (leases()) {
+    for (ArrayWriter* array : {&held, &holder, &fresh, &lease}) call.params.push_back(array->take());
+    call.params.push_back(Param::text(options_.holder));
+  } else {
+    call.params.push_back(freed.take());
+  }
+  return call;
+}
+
+// --- answers ------------------------------------------------------------------------------------
+
+void PgLimitStore::answered(TripPtr trip, PipelineResult result) {
+  if (!result.status.ok()) return failed(trip, result);
+  Dealt dealt;
+  for (std::size_t i = 0; i < trip->plan.layers.size(); ++i)
+    deal_layer(*trip, trip->plan.layers[i], *result.results[trip->layer_call + i], dealt);
+  deal_sides(*trip, result, dealt);
+  trip->attempt = 1;
+
+  // Requests that were sent come before those that were not.
+  trip->pending = std::move(dealt.again);
+  trip->pending.insert(trip->pending.end(), trip->plan.later.begin(), trip->plan.later.end());
+  trip->plan = TripPlan{};
+  for (Holding* holding : dealt.touched) in_step(*holding);
+  for (const Dealt::Lost& lost : dealt.lost) report_lost(lost.group, lost.holder, lost.slots);
+  // The next statement leaves before the callers of this one are told: server and client overlap.
+  // `trip` keeps the operations alive.
+  start_round(trip);
+  for (QueuedOp* op : dealt.acquires) op->acquire->done();
+  for (QueuedOp* op : dealt.sides)
+    if (op->side->done) op->side->done(store::Unit{});
+  for (const auto& [op, peek] : dealt.peeks) op->side->peeked(peek);
+}
+
+void PgLimitStore::deal_layer(Trip& trip, const Layer& layer, const Rows& rows, Dealt& dealt) {
+  std::vector<const Run*> unanswered(layer.size(), nullptr);
+  for (std::size_t i = 0; i < layer.size(); ++i) unanswered[i] = &layer[i];
+  const bool slots = trip.lane.slots;
+  for (int row = 0; row < rows.rows(); ++row) {
+    const auto at = static_cast<std::size_t>(rows.integer(row, 0) - 1);
+    if (at >= layer.size() || !unanswered[at]) continue;
+    const Run& run = *std::exchange(unanswered[at], nullptr);
+    RunAnswer answer;
+    answer.granted = rows.integer(row, 1);
+    answer.ahead = rows.integer(row, 2);
+    answer.stamp = rows.integer(row, 3);
+    store::HolderId holder = 0;
+    if (slots) {
+      answer.may = rows.integer(row, 4);
+      answer.free = rows.integer(row, 5);
+      answer.lost = rows.boolean(row, 6);
+      answer.wrote = rows.boolean(row, 7);
+      Holding& holding = *trip.stated[at];
+      const store::HolderId before = holding.id;
+      const std::int64_t lost = holders_.answered(holding, answer.granted, answer.lost, answer.wrote, trip.sent);
+      if (lost > 0) dealt.lost.push_back({run.group->id, before, lost});
+      holder = holding.id;
+      dealt.touched.push_back(&holding);
+    }
+    deal_run(run, answer, holder, trip.plan.now, dealt.acquires, dealt.again);
+  }
+
+  // No row: another process made the row first. Ask again, it can be locked now.
+  bool lost_race = false;
+  for (std::size_t i = 0; i < layer.size(); ++i) {
+    if (!unanswered[i]) continue;
+    lost_race = true;
+    ++stats_.conflicts;
+    if (slots) {
+      holders_.failed(*trip.stated[i], false, clock_.now());
+      dealt.touched.push_back(trip.stated[i]);
+    }
+    if (trip.lost_races >= kLostRaces) {
+      const Status status = Status::make(
+          Code::server, fmt::format("the row of group '{}' changed {} times while it was decided on; is it being deleted "
+                                    "all the time?", unanswered[i]->group->id, kLostRaces), "40001");
+      for (QueuedOp* op : unanswered[i]->ops) {
+        op->acquire->reply = {};
+        op->acquire->reply.status = status;
+        dealt.acquires.push_back(op);
+      }
+      continue;
+    }
+    dealt.again.insert(dealt.again.end(), unanswered[i]->ops.begin(), unanswered[i]->ops.end());
+  }
+  trip.lost_races = lost_race ? trip.lost_races + 1 : 0;
+}
+
+void PgLimitStore::deal_sides(Trip& trip, const PipelineResult& result, Dealt& dealt) {
+  for (const Adjustment& adjustment : trip.plan.adjustments) {
+    dealt.sides.insert(dealt.sides.end(), adjustment.ops.begin(), adjustment.ops.end());
+    if (adjustment.mode != AdjustMode::reset) continue;
+    // Our own lease went with the others.
+    Holding* holding = holders_.find(adjustment.group->id);
+    if (!holding || holding->flying) continue;
+    const store::HolderId before = holding->id;
+    const std::int64_t slots = holders_.forget(*holding);
+    holding->stated = 0;
+    if (slots > 0) dealt.lost.push_back({adjustment.group->id, before, slots});
+    dealt.touched.push_back(holding);
+  }
+  if (trip.plan.peeks.empty()) return;
+  const Rows& rows = *result.results[trip.peek_call];
+  for (int row = 0; row < rows.rows(); ++row) {
+    const auto at = static_cast<std::size_t>(rows.integer(row, 0) - 1);
+    if (at >= trip.plan.peeks.size()) continue;
+    QueuedOp* op = trip.plan.peeks[at];
+    dealt.peeks.emplace_back(op, read_peek(op->group->params, rows.integer(row, 1), rows.integer(row, 2)));
+  }
+}
+
+// --- failures -----------------------------------------------------------------------------------
+
+// Everything of the round is pending again; what the server knows about slots is said anew.
+void PgLimitStore::put_back(Trip& trip, bool in_doubt) {
+  for (Holding* holding : trip.stated) holders_.failed(*holding, in_doubt, clock_.now());
+  for (Holding* holding : std::exchange(trip.stated, {})) in_step(*holding);
+  trip.plan = TripPlan{};
+}
+
+void PgLimitStore::failed(const TripPtr& trip, const PipelineResult& result) {
+  const Status& status = result.status;
+  const bool in_doubt = status.code != Code::server && status.code != Code::unavailable;
+  OpList asked = trip->plan.ops();
+  OpList later = std::move(trip->plan.later);
+  put_back(*trip, in_doubt);
+
+  if (status.code == Code::server && is_transient(status.sqlstate)) {
+    ++stats_.conflicts;
+    if (++trip->attempt <= kAttempts) return retry_later(trip);
+  } else if (status.code == Code::unavailable && ++trip->attempt <= 2) {
+    return reconnect(trip);  // certainly not executed: an idle connection had died
+  } else if (status.code == Code::server && is_row_fault(status.sqlstate) && asked.size() > 1) {
+    const auto middle = asked.begin() + static_cast<std::ptrdiff_t>(asked.size() / 2);
+    OpList second(middle, asked.end());
+    second.insert(second.end(), later.begin(), later.end());
+    trip->parked.push_back(std::move(second));
+    trip->pending.assign(asked.begin(), middle);
+    return start_round(trip);
+  }
+
+  trip->attempt = 1;
+  trip->pending = std::move(later);
+  const Status told = status.code == Code::server ? backend_.explain(result) : status;
+  start_round(trip);
+  fail_ops(asked, told);
+}
+
+void PgLimitStore::fail_ops(const OpList& ops, const Status& status) {
+  for (QueuedOp* op : ops) fail(*op, status);
+}
+
+void PgLimitStore::retry_later(const TripPtr& trip) {
+  const Nanos pause = kMilli * (1 << trip->attempt);
+  auto timer = std::make_shared<asio::steady_timer>(io_);
+  timer->expires_after(std::chrono::nanoseconds(pause / 2 + static_cast<Nanos>(random_() % static_cast<unsigned>(pause))));
+  timer->async_wait([this, trip, timer, alive = alive_](const asio::error_code&) {
+    if (*alive) start_round(trip);
+  });
+}
+
+void PgLimitStore::reconnect(const TripPtr& trip) {
+  if (trip->connection) backend_.pool().put(std::exchange(trip->connection, nullptr));
+  backend_.pool().get([this, trip, alive = alive_](Result<PgPool::Lease> got) {
+    if (!*alive) return;
+    if (got.ok()) {
+      trip->connection = std::move(got.value());
+      return start_round(trip);
+    }
+    OpList ops = std::exchange(trip->pending, {});
+    for (const OpList& more : std::exchange(trip->parked, {})) ops.insert(ops.end(), more.begin(), more.end());
+    land(trip);
+    fail_ops(ops, got.status());
+  });
+}
+
+void PgLimitStore::land(const TripPtr& trip) {
+  Lane& lane = trip->lane;
+  lane.batcher.finished(trip->batch.id);
+  if (trip->connection && trip->connection->open() && trip->trips_in_a_row < kTripsInARow) {
+    if (auto batch = lane.batcher.take())
+      return begin_trip(lane, std::move(*batch), std::exchange(trip->connection, nullptr), trip->trips_in_a_row + 1);
+  }
+  lane.busy = false;
+  --trips_;
+  if (trip->connection) backend_.pool().put(std::exchange(trip->connection, nullptr));
+  pump(lane);
+  maybe_closed();
+}
+
+}  // namespace ratesync::postgres

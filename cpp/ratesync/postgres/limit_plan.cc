@@ -1,0 +1,319 @@
+#include "ratesync/postgres/limit_plan.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <unordered_map>
+
+namespace ratesync::postgres {
+namespace {
+
+using store::AcquireReply;
+using store::Verdict;
+
+// As in limits/gcra.cc: this much of a unit forgives the rounding of sums in double precision. The
+// statements in limit_sql.cc use the same number.
+constexpr double kNoise = 1e-3;
+constexpr double kSpanMax = 4e18;
+
+Nanos patience_of(const store::AcquireOp& op, Nanos now) {
+  return op.deadline == kForever ? kForever : std::max<Nanos>(0, op.deadline - now);
+}
+
+// Deadlines of requests that came one after another differ a little; asking for the smallest of a
+// run is cheap, and who is refused for it is asked again.
+bool share_patience(Nanos a, Nanos b) {
+  if (a == kForever || b == kForever) return a == b;
+  return std::abs(a - b) <= std::max(kMilli, std::min(a, b) / 100);
+}
+
+bool same_limit(const store::GroupRef& a, const store::GroupRef& b) {
+  if (a == b) return true;
+  const limits::Params &p = a->params, &q = b->params;
+  return p.rate_per_second == q.rate_per_second && p.burst == q.burst && p.max_concurrent == q.max_concurrent &&
+         p.timing_margin == q.timing_margin && p.lease == q.lease;
+}
+
+struct GroupPlan {
+  std::vector<Run> runs;
+  std::optional<Adjustment> adjustment;
+};
+
+bool add_acquire(GroupPlan& plan, QueuedOp* op, Nanos now, std::size_t max_layers) {
+  const store::AcquireOp& request = *op->acquire;
+  const Nanos patience = patience_of(request, now);
+  if (!op->exact) {
+    for (Run& run : plan.runs) {
+      if (run.exact) continue;
+      if (run.ops.empty()) {  // a restatement: takes requests along
+        run.group = request.group;
+        run.cost = request.cost;
+        run.patience = patience;
+      } else if (run.cost != request.cost || !same_limit(run.group, request.group) ||
+                 !share_patience(run.patience, patience)) {
+        continue;
+      }
+      run.patience = std::min(run.patience, patience);
+      run.ops.push_back(op);
+      return true;
+    }
+  }
+  if (plan.runs.size() >= max_layers) return false;
+  plan.runs.push_back(Run{request.group, request.cost, patience, op->exact, {op}});
+  return true;
+}
+
+bool add_adjustment(GroupPlan& plan, QueuedOp* op) {
+  const MicroRate rate(op->group->params);
+  const std::int64_t units = op->side->units;
+  const AdjustMode mode = op->kind == QueuedOp::Kind::reset                 ? AdjustMode::reset
+                          : op->kind == QueuedOp::Kind::settle && units > 0 ? AdjustMode::charge
+                                                                            : AdjustMode::give_back;
+  const std::int64_t shift = rate.span(std::abs(units));
+  std::optional<std::int64_t> stamp;
+  if (op->kind == QueuedOp::Kind::refund) stamp = op->side->stamp;
+  if (!plan.adjustment) {
+    plan.adjustment = Adjustment{op->group, mode, shift, stamp, {op}};
+    return true;
+  }
+  Adjustment& sum = *plan.adjustment;
+  if (sum.mode != mode || sum.stamp.has_value() != stamp.has_value()) return false;
+  // Refunds follow each other: the second names the state that the first will leave behind.
+  if (stamp && *stamp != *sum.stamp - sum.shift) return false;
+  sum.shift += shift;
+  sum.ops.push_back(op);
+  return true;
+}
+
+}  // namespace
+
+MicroRate::MicroRate(const limits::Params& params) {
+  if (!params.has_rate()) return;
+  interval = 1e6 / params.rate_per_second;
+  step = span(1);
+  burst = params.burst;
+  burst_span = span(params.burst);
+  margin = std::min<std::int64_t>(params.timing_margin / kMicro, static_cast<std::int64_t>(interval));
+}
+
+std::int64_t MicroRate::span(std::int64_t units) const {
+  return static_cast<std::int64_t>(
+      std::min(std::max(0.0, std::ceil(static_cast<double>(units) * interval - kNoise)), kSpanMax));
+}
+
+std::int64_t MicroRate::available(std::int64_t ahead) const {
+  const std::int64_t room = burst_span - ahead;
+  if (room <= 0 || interval <= 0) return 0;
+  const double units = (static_cast<double>(room) + kNoise) / interval;
+  return units >= static_cast<double>(burst) ? burst : static_cast<std::int64_t>(units + 1e-9);
+}
+
+TripPlan plan_trip(const OpList& pending, Nanos now, std::size_t max_layers) {
+  TripPlan out;
+  out.now = now;
+  std::unordered_map<std::string_view, std::size_t> index;
+  std::vector<GroupPlan> groups;
+  std::vector<std::string_view> ids;
+  const store::Group* latest = nullptr;  // a hot group does not pay for the look-up
+  std::size_t at = 0;
+  for (QueuedOp* op : pending) {
+    if (op->kind == QueuedOp::Kind::peek) {
+      out.peeks.push_back(op);
+      continue;
+    }
+    if (op->group.get() != latest) {
+      latest = op->group.get();
+      const auto [it, fresh] = index.try_emplace(latest->id, groups.size());
+      at = it->second;
+      if (fresh) {
+        groups.emplace_back();
+        ids.push_back(latest->id);
+      }
+    }
+    GroupPlan& group = groups[at];
+    bool placed = true;
+    switch (op->kind) {
+      case QueuedOp::Kind::acquire: placed = add_acquire(group, op, now, max_layers); break;
+      case QueuedOp::Kind::restate:
+        if (group.runs.empty()) group.runs.push_back(Run{op->group, 1, kForever, false, {}});
+        break;
+      case QueuedOp::Kind::refund:
+      case QueuedOp::Kind::settle:
+      case QueuedOp::Kind::reset: placed = add_adjustment(group, op); break;
+      case QueuedOp::Kind::peek: break;
+    }
+    if (!placed) out.later.push_back(op);
+  }
+
+  std::vector<std::size_t> order(groups.size());
+  for (std::size_t i = 0; i < order.size(); ++i) order[i] = i;
+  std::sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return ids[a] < ids[b]; });
+  for (const std::size_t i : order) {
+    GroupPlan& group = groups[i];
+    if (group.adjustment && group.adjustment->mode == AdjustMode::reset) {
+      // A reset takes our own lease away as well: what we hold is known only after it.
+      for (Run& run : group.runs) out.later.insert(out.later.end(), run.ops.begin(), run.ops.end());
+      group.runs.clear();
+    }
+    if (group.adjustment) out.adjustments.push_back(std::move(*group.adjustment));
+    if (out.layers.size() < group.runs.size()) out.layers.resize(group.runs.size());
+    for (std::size_t layer = 0; layer < group.runs.size(); ++layer)
+      out.layers[layer].push_back(std::move(group.runs[layer]));
+  }
+  return out;
+}
+
+std::vector<std::string_view> TripPlan::groups() const {
+  std::vector<std::string_view> out;
+  for (const Adjustment& adjustment : adjustments) out.push_back(adjustment.group->id);
+  if (!layers.empty())
+    for (const Run& run : layers.front()) out.push_back(run.id());
+  std::sort(out.begin(), out.end());
+  out.erase(std::unique(out.begin(), out.end()), out.end());
+  return out;
+}
+
+OpList TripPlan::ops() const {
+  OpList out;
+  for (const Adjustment& adjustment : adjustments) out.insert(out.end(), adjustment.ops.begin(), adjustment.ops.end());
+  for (const Layer& layer : layers)
+    for (const Run& run : layer) out.insert(out.end(), run.ops.begin(), run.ops.end());
+  out.insert(out.end(), peeks.begin(), peeks.end());
+  return out;
+}
+
+void deal_run(const Run& run, const RunAnswer& answer, store::HolderId holder, Nanos planned_at, OpList& done,
+              OpList& again) {
+  const limits::Params& params = run.group->params;
+  const MicroRate rate(params);
+  const std::int64_t granted = std::min<std::int64_t>(answer.granted, static_cast<std::int64_t>(run.ops.size()));
+  const std::int64_t ahead = params.has_rate() && granted > 0 ? answer.ahead + rate.span(granted * run.cost) : answer.ahead;
+  const bool full = params.has_concurrency() && granted < std::min<std::int64_t>(answer.may, run.ops.size());
+
+  const std::int64_t remaining = params.has_rate() ? rate.available(ahead) : std::max<std::int64_t>(0, answer.free);
+  for (std::int64_t i = 0; i < granted; ++i) {
+    AcquireReply& reply = run.ops[i]->acquire->reply;
+    reply = AcquireReply{};
+    reply.remaining = remaining;
+    reply.holder = params.has_concurrency() ? holder : 0;
+    if (params.has_rate()) {
+      reply.stamp = answer.stamp;
+      const std::int64_t wait = answer.ahead + rate.span((i + 1) * run.cost) - rate.burst_span;
+      reply.wait = wait <= rate.margin ? 0 : wait * kMicro;
+    }
+    done.push_back(run.ops[i]);
+  }
+
+  const std::int64_t slot = ahead + rate.span(run.cost) - rate.burst_span;
+  const Nanos retry_after = slot > rate.margin ? (slot - rate.margin) * kMicro : 0;
+  for (std::size_t i = static_cast<std::size_t>(granted); i < run.ops.size(); ++i) {
+    QueuedOp* op = run.ops[i];
+    const Nanos patience = patience_of(*op->acquire, planned_at);
+    if (!full && patience > run.patience && retry_after <= patience) {
+      op->exact = true;
+      again.push_back(op);
+      continue;
+    }
+    AcquireReply& reply = op->acquire->reply;
+    reply = AcquireReply{};
+    reply.verdict = full ? Verdict::concurrency_full : Verdict::rate_limited;
+    reply.retry_after = full ? 0 : retry_after;
+    reply.remaining = full ? 0 : remaining;
+    done.push_back(op);
+  }
+}
+
+void ArrayWriter::separate() {
+  if (text_.size() > 1) text_ += ',';
+}
+void ArrayWriter::add(std::int64_t value) {
+  separate();
+  fmt::format_to(std::back_inserter(text_), "{}", value);
+}
+void ArrayWriter::add(double value) {
+  separate();
+  fmt::format_to(std::back_inserter(text_), "{}", value);
+}
+void ArrayWriter::add_null() {
+  separate();
+  text_ += "NULL";
+}
+Param ArrayWriter::take() {
+  text_ += '}';
+  return Param::text(std::move(text_));
+}
+
+std::vector<Param> run_params(const Layer& layer) {
+  std::vector<std::string_view> groups;
+  groups.reserve(layer.size());
+  ArrayWriter n, each, room, step;
+  for (const Run& run : layer) {
+    const MicroRate rate(run.group->params);
+    groups.push_back(run.id());
+    n.add(static_cast<std::int64_t>(run.ops.size()));
+    if (rate.interval <= 0) {
+      each.add_null();
+      room.add_null();
+      step.add_null();
+      continue;
+    }
+    each.add(rate.interval * static_cast<double>(run.cost));
+    if (run.patience == kForever)
+      room.add_null();
+    else
+      room.add(run.patience / kMicro + rate.margin + rate.burst_span);
+    step.add(rate.step);
+  }
+  std::vector<Param> out;
+  out.reserve(11);
+  out.push_back(Param::text(array_of_text(groups)));
+  for (ArrayWriter* array : {&n, &each, &room, &step}) out.push_back(array->take());
+  return out;
+}
+
+std::vector<Param> adjust_params(const std::vector<Adjustment>& adjustments) {
+  std::vector<std::string_view> groups;
+  ArrayWriter shift, stamp, mode, step;
+  for (const Adjustment& adjustment : adjustments) {
+    groups.push_back(adjustment.group->id);
+    shift.add(adjustment.shift);
+    if (adjustment.stamp)
+      stamp.add(*adjustment.stamp);
+    else
+      stamp.add_null();
+    mode.add(static_cast<std::int64_t>(adjustment.mode));
+    step.add(MicroRate(adjustment.group->params).step);
+  }
+  return {Param::text(array_of_text(groups)), shift.take(), stamp.take(), mode.take(), step.take()};
+}
+
+std::vector<Param> peek_params(const OpList& peeks) {
+  std::vector<std::string_view> groups;
+  ArrayWriter step;
+  for (const QueuedOp* op : peeks) {
+    groups.push_back(op->group->id);
+    step.add(MicroRate(op->group->params).step);
+  }
+  return {Param::text(array_of_text(groups)), step.take()};
+}
+
+store::Peek read_peek(const limits::Params& params, std::int64_t ahead, std::int64_t in_use) {
+  store::Peek out;
+  out.in_use = in_use;
+  if (params.has_rate()) {
+    const MicroRate rate(params);
+    out.available = rate.available(ahead);
+    out.full_after = ahead * kMicro;
+    const std::int64_t slot = ahead + rate.step - rate.burst_span;
+    out.retry_after = slot > rate.margin ? (slot - rate.margin) * kMicro : 0;
+  }
+  if (params.has_concurrency()) {
+    const std::int64_t free = std::max<std::int64_t>(0, params.max_concurrent - in_use);
+    out.available = params.has_rate() ? std::min(out.available, free) : free;
+  }
+  return out;
+}
+
+}  // namespace ratesync::postgres

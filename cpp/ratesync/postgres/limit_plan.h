@@ -1,0 +1,137 @@
+// What one trip to the server carries: operations of many callers, sorted into runs and layers, and
+// the server's answer dealt back to the callers. Pure: no clock, no I/O.
+//
+// Requests of one group with the same cost and about the same patience form a run, which the server
+// answers with one number. A statement holds at most one run of each group; further runs of a group
+// are further layers, statements of the same pipeline. Runs are sorted by group id as bytes: all
+// processes lock rows in this order.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "ratesync/base/clock.h"
+#include "ratesync/limits/params.h"
+#include "ratesync/postgres/connection.h"
+#include "ratesync/postgres/limit_sql.h"
+#include "ratesync/store/limit_store.h"
+
+namespace ratesync::postgres {
+
+// One operation in the queue of a lane.
+struct QueuedOp {
+  enum class Kind : std::uint8_t {
+    acquire,
+    restate,  // tell the server how many slots this process holds now
+    refund,
+    settle,
+    reset,
+    peek,
+  };
+  // What only the rare kinds need.
+  struct Side {
+    std::int64_t units = 0;  // settle: delta; refund: cost
+    std::int64_t stamp = 0;  // refund
+    store::Callback<store::Unit> done;
+    store::Callback<store::Peek> peeked;
+  };
+
+  Kind kind = Kind::acquire;
+  bool exact = false;  // acquire: was refused for the patience of its run; decide alone
+  store::GroupRef group;
+  store::AcquireOp* acquire = nullptr;
+  std::unique_ptr<Side> side;
+};
+using OpList = std::vector<QueuedOp*>;
+
+// The sums of limits/gcra.h in microseconds.
+struct MicroRate {
+  explicit MicroRate(const limits::Params& params);
+  [[nodiscard]] std::int64_t span(std::int64_t units) const;
+  // Units to be had at once when TAT lies `ahead` of now.
+  [[nodiscard]] std::int64_t available(std::int64_t ahead) const;
+
+  double interval = 0;  // us per unit; 0: no rate
+  std::int64_t step = 0;
+  std::int64_t burst = 0;       // units
+  std::int64_t burst_span = 0;  // us
+  std::int64_t margin = 0;      // us
+};
+
+struct Run {
+  store::GroupRef group;
+  std::int64_t cost = 1;
+  Nanos patience = kForever;  // the smallest of its requests
+  bool exact = false;
+  OpList ops;  // may be empty: a restatement
+
+  [[nodiscard]] std::string_view id() const { return group->id; }
+};
+using Layer = std::vector<Run>;
+
+struct Adjustment {
+  store::GroupRef group;
+  AdjustMode mode = AdjustMode::give_back;
+  std::int64_t shift = 0;             // us
+  std::optional<std::int64_t> stamp;  // refund: of the first
+  OpList ops;
+};
+
+struct TripPlan {
+  std::vector<Layer> layers;
+  std::vector<Adjustment> adjustments;  // one per group, sorted
+  OpList peeks;
+  OpList later;  // did not fit: next round, in this order
+  Nanos now = 0;
+
+  [[nodiscard]] bool empty() const { return layers.empty() && adjustments.empty() && peeks.empty(); }
+  // Groups whose rows are written or decided on, sorted, each once.
+  [[nodiscard]] std::vector<std::string_view> groups() const;
+  [[nodiscard]] OpList ops() const;
+};
+
+inline constexpr std::size_t kMaxLayers = 16;
+
+TripPlan plan_trip(const OpList& pending, Nanos now, std::size_t max_layers);
+
+// One row of the answer to a run.
+struct RunAnswer {
+  std::int64_t granted = 0;
+  std::int64_t ahead = 0;  // us, TAT before the decision, relative to the server's now
+  std::int64_t stamp = 0;
+  // Slots:
+  std::int64_t may = 0;   // by rate alone
+  std::int64_t free = 0;  // after the decision
+  bool lost = false;
+  bool wrote = false;
+};
+
+// Fills the replies of the run's requests. Returns those that have to be asked again, alone: refused
+// for the patience of another. `done` gets the others.
+void deal_run(const Run& run, const RunAnswer& answer, store::HolderId holder, Nanos planned_at, OpList& done,
+              OpList& again);
+
+// Builds PostgreSQL array literals, column by column.
+class ArrayWriter {
+ public:
+  void add(std::int64_t value);
+  void add(double value);
+  void add_null();
+  Param take();
+
+ private:
+  void separate();
+  std::string text_ = "{";
+};
+
+// $1 to $5 of LimitSql::rate and ::slots.
+std::vector<Param> run_params(const Layer& layer);
+std::vector<Param> adjust_params(const std::vector<Adjustment>& adjustments);
+std::vector<Param> peek_params(const OpList& peeks);
+store::Peek read_peek(const limits::Params& params, std::int64_t ahead, std::int64_t in_use);
+
+}  // namespace ratesync::postgres

@@ -1,0 +1,190 @@
+// Slots over time: saying counts again, renewing leases, noticing their loss, and the end.
+#include <algorithm>
+#include <chrono>
+
+#include "ratesync/postgres/limit_trip.h"
+
+namespace ratesync::postgres {
+
+using store::GroupRef;
+
+namespace {
+
+constexpr std::size_t kRenewAtOnce = 1'000;
+
+}  // namespace
+
+void PgLimitStore::release(const GroupRef& group, store::HolderId holder) {
+  if (Holding* holding = holders_.release(group->id, holder)) in_step(*holding);
+}
+
+void PgLimitStore::in_step(Holding& holding) {
+  if (holding.held > 0 && leases()) arm(holding.renewed + holding.group->params.lease / 3);
+  if (holding.flying || holding.queued) return;
+  if (holding.in_step() || closing_) return holders_.tidy(holding);
+  if (holding.unstated_since != kForever) return arm(clock_.now() + kRestatePause);  // the last attempt failed
+  holding.queued = true;
+  push(QueuedOp{QueuedOp::Kind::restate, false, holding.group, nullptr, nullptr});
+}
+
+void PgLimitStore::report_lost(const std::string& group, store::HolderId holder, std::int64_t slots) {
+  stats_.leases_lost += static_cast<std::uint64_t>(slots);
+  if (lost_) lost_(group, holder);
+}
+
+void PgLimitStore::arm(Nanos at) {
+  if (at >= armed_ || closing_) return;
+  armed_ = at;
+  timer_->expires_after(std::chrono::nanoseconds(std::max<Nanos>(at - clock_.now(), kMilli)));
+  timer_->async_wait([this, alive = alive_](const asio::error_code& error) {
+    if (*alive && !error) tick();
+  });
+}
+
+void PgLimitStore::tick() {
+  armed_ = kForever;
+  if (closing_) return;
+  const Nanos now = clock_.now();
+  Holders::Due due = holders_.due(now, kRestatePause, leases());
+  for (Holding* holding : due.lost) {
+    const std::string group = holding->group->id;
+    const store::HolderId before = holding->id;
+    const std::int64_t slots = holders_.forget(*holding);
+    holding->stated = Holding::kUnknown;
+    holding->unstated_since = now;
+    report_lost(group, before, slots);
+  }
+  for (Holding* holding : due.restate) {
+    holding->queued = true;
+    push(QueuedOp{QueuedOp::Kind::restate, false, holding->group, nullptr, nullptr});
+  }
+  for (std::size_t from = 0; from < due.renew.size(); from += kRenewAtOnce) {
+    const std::size_t to = std::min(due.renew.size(), from + kRenewAtOnce);
+    renew({due.renew.begin() + static_cast<std::ptrdiff_t>(from), due.renew.begin() + static_cast<std::ptrdiff_t>(to)});
+  }
+  if (due.next != kForever) arm(due.next);
+}
+
+namespace {
+
+// A renewal remembers what it was sent for: the slots may be given back and taken anew meanwhile.
+struct Asked {
+  std::string group;
+  store::HolderId holder;
+  std::uint64_t changes;
+  bool flying;
+  Nanos lease;
+};
+
+}  // namespace
+
+void PgLimitStore::renew(std::vector<Holding*> due) {
+  auto asked = std::make_shared<std::vector<Asked>>();
+  for (const Holding* holding : due)
+    asked->push_back({holding->group->id, holding->id, holding->changes, holding->flying, holding->group->params.lease});
+  std::sort(asked->begin(), asked->end(), [](const Asked& a, const Asked& b) { return a.group < b.group; });
+
+  backend_.pool().get([this, asked, alive = alive_](Result<PgPool::Lease> got) {
+    if (!*alive) return;
+    if (!got.ok()) return;  // tick() comes back, until the lease is over
+    if (!leases()) return backend_.pool().put(std::move(got.value()));
+    std::vector<std::string_view> groups;
+    ArrayWriter holder, lease;
+    for (const Asked& item : *asked) {
+      groups.push_back(item.group);
+      holder.add(static_cast<std::int64_t>(item.holder));
+      lease.add(item.lease / kMicro);
+    }
+    const std::string names = array_of_text(groups);
+    const LimitSql& sql = backend_.limit_sql();
+    std::vector<Call> calls;
+    calls.push_back({&sql.lock, {Param::text(names)}});
+    calls.push_back({&sql.renew, {Param::text(names), holder.take(), lease.take()}});
+    count(calls, asked->size());
+    const PgPool::Lease connection = got.value();
+    const Nanos sent = clock_.now();
+    connection->run(std::move(calls), [this, asked, connection, sent, alive](PipelineResult result) {
+      if (!*alive) return;
+      backend_.pool().put(connection);
+      if (!result.status.ok()) {
+        if (result.status.code == Code::server) (void)backend_.explain(result);
+        return;
+      }
+      std::vector<std::string> kept;
+      const Rows& rows = *result.results[1];
+      for (int row = 0; row < rows.rows(); ++row) kept.emplace_back(rows.text(row, 0));
+      std::sort(kept.begin(), kept.end());
+      for (const Asked& item : *asked) {
+        Holding* holding = holders_.find(item.group);
+        if (!holding || holding->id != item.holder || holding->held == 0) continue;
+        if (std::binary_search(kept.begin(), kept.end(), item.group)) {
+          holding->renewed = std::max(holding->renewed, sent);
+          continue;
+        }
+        // Not there. If a statement about the group crossed the renewal, that one knows better.
+        if (item.flying || holding->changes != item.changes) continue;
+        const std::int64_t slots = holders_.forget(*holding);
+        holding->stated = 0;
+        report_lost(item.group, item.holder, slots);
+        if (Holding* still = holders_.find(item.group)) holders_.tidy(*still);
+      }
+    });
+  });
+}
+
+// --- the end ------------------------------------------------------------------------------------
+
+void PgLimitStore::close(Nanos patience, std::function<void()> done) {
+  closing_ = true;
+  timer_->cancel();
+  closed_ = std::move(done);
+  timer_->expires_after(std::chrono::nanoseconds(patience));
+  timer_->async_wait([this, alive = alive_](const asio::error_code& error) {
+    if (*alive && !error && closed_) std::exchange(closed_, nullptr)();
+  });
+  const Status closed = Status::make(Code::closed, "the store was closed");
+  for (const auto& lane : lanes_)
+    for (QueuedOp& op : lane->batcher.close()) {
+      tickets_.erase(op.acquire);
+      fail(op, closed);
+    }
+  maybe_closed();
+}
+
+void PgLimitStore::maybe_closed() {
+  if (!closing_ || trips_ > 0 || !closed_) return;
+  // Once: from here on nothing is queued any more.
+  flush_slots([this] {
+    timer_->cancel();
+    if (closed_) std::exchange(closed_, nullptr)();
+  });
+}
+
+// Slots that were given back too late for a trip of their own.
+void PgLimitStore::flush_slots(std::function<void()> done) {
+  Layer layer;
+  for (auto& [id, holding] : holders_)
+    if (!holding.in_step() && layer.size() < kRenewAtOnce) layer.push_back(Run{holding.group, 1, kForever, false, {}});
+  if (layer.empty() || backend_.pool().down()) return done();
+  std::sort(layer.begin(), layer.end(), [](const Run& a, const Run& b) { return a.id() < b.id(); });
+  ++trips_;  // not twice
+  backend_.pool().get([this, layer = std::move(layer), done = std::move(done), alive = alive_](Result<PgPool::Lease> got) {
+    if (!*alive) return;
+    if (!got.ok()) return done();
+    Lane& lane = *lanes_.back();
+    auto trip = std::make_shared<Trip>(lane, OpBatcher::Batch{}, got.value());
+    std::vector<std::string_view> groups;
+    for (const Run& run : layer) groups.push_back(run.id());
+    std::vector<Call> calls;
+    calls.push_back({&backend_.limit_sql().lock, {Param::text(array_of_text(groups))}});
+    calls.push_back(slots_call(*trip, layer));
+    count(calls, layer.size());
+    trip->connection->run(std::move(calls), [this, trip, done, alive](const PipelineResult&) {
+      if (!*alive) return;
+      backend_.pool().put(std::exchange(trip->connection, nullptr));
+      done();
+    });
+  });
+}
+
+}  // namespace ratesync::postgres

@@ -1,0 +1,51 @@
+// The statements of the limit store, as text for one pair of tables.
+//
+// Every decision is taken by the server, on its own clock, in microseconds, with the sums of
+// limits/gcra.h. README.md in this folder says why each statement looks as it does; the comments
+// in limit_sql.cc say what breaks when a line is changed.
+#pragma once
+
+#include <string>
+
+#include "ratesync/postgres/connection.h"
+
+namespace ratesync::postgres {
+
+// Quoted names, ready to be put into SQL.
+struct LimitTables {
+  std::string state;   // "schema"."table"
+  std::string leases;  // "schema"."table_leases"; empty: there is none, slots are counted in the state row
+};
+
+struct LimitSql {
+  // $1 text[] group, $2 int8[] n, $3 float8[] us per request, $4 int8[] room us (NULL: no bound),
+  // $5 int8[] us per unit, $6 bool: commit without waiting for the disk.
+  // Row: ord, k, ahead, stamp. No row: the first insert was lost to somebody else, ask again.
+  Statement rate;
+  // $1 text[] groups, sorted by bytes: locks their rows until the end of the pipeline.
+  Statement lock;
+  // After `lock`. $1..$5 as in rate ($3 to $5 NULL: no rate), $6 int8[] max_concurrent,
+  // with leases:    $7 int8[] slots held, $8 int8[] holder, $9 int8[] holder if that was lost,
+  //                 $10 int8[] lease us, $11 text who we are
+  // without leases: $7 int8[] slots given back since the last statement
+  // Row: ord, k, ahead, stamp, may (by rate alone), free (slots left), lost, wrote.
+  Statement slots;
+  // $1 text[] group, $2 int8[] us, $3 int8[] stamp or NULL, $4 int4[] AdjustMode, $5 int8[] us per unit
+  Statement adjust;
+  // $1 text[]: the leases of groups that are being reset. Empty without leases.
+  Statement drop_leases;
+  // $1 text[] group, $2 int8[] holder, $3 int8[] lease us. Row: group. No row: the lease is gone.
+  Statement renew;
+  // $1 text[] group, $2 int8[] us per unit (0 without rate). Row: ord, ahead, in use.
+  Statement peek;
+  // $1 int8 limit. Row: group, ahead of now us, version, in use.
+  Statement list_groups;
+  // $1 int8 limit. Row: group, holder, slots, held for us, expires in us. Empty without leases.
+  Statement list_holders;
+};
+
+enum class AdjustMode : int { give_back = 0, charge = 1, reset = 2 };
+
+LimitSql make_limit_sql(const LimitTables& tables);
+
+}  // namespace ratesync::postgres

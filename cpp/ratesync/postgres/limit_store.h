@@ -1,0 +1,136 @@
+// Rate and concurrency limits in PostgreSQL: batches what arrives while a trip is under way, lets the
+// server decide, deals the answers, and keeps leases alive. I/O thread only.
+//
+// Groups with max_concurrent travel in lanes of their own: their commits have to reach the disk,
+// those of pure rates need not, and one must not wait for the other. A trip takes its operations
+// only when it has a connection, so whoever gives up before that is simply taken out of the queue.
+#pragma once
+
+#include <asio/io_context.hpp>
+#include <asio/steady_timer.hpp>
+#include <memory>
+#include <random>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "ratesync/base/clock.h"
+#include "ratesync/batch/batcher.h"
+#include "ratesync/postgres/holders.h"
+#include "ratesync/postgres/limit_plan.h"
+#include "ratesync/postgres/limit_sql.h"
+#include "ratesync/postgres/pg_pool.h"
+#include "ratesync/store/store.h"
+
+namespace ratesync::postgres {
+
+// What the limit store needs of the store around it.
+class LimitBackend {
+ public:
+  virtual ~LimitBackend() = default;
+  // Once the schema is known to be in order; at once when it is.
+  virtual void when_ready(Connection::Done done) = 0;
+  virtual PgPool& pool() = 0;
+  virtual const LimitSql& limit_sql() const = 0;  // after when_ready
+  // The server's refusal in words, with table and schema. May look at the schema anew next time.
+  virtual Status explain(const PipelineResult& result) = 0;
+};
+
+struct Dealt;
+
+struct LimitStoreOptions {
+  enum class Durability {
+    automatic,  // pure rates commit without waiting for the disk, slots do not
+    on,         // as the server is configured
+    off,        // nothing waits for the disk
+  } durability = Durability::automatic;
+  std::size_t lanes = 2;  // trips at the same time, for rates and for slots each
+  std::size_t max_batch = 1'000;
+  std::size_t max_queue = 100'000;  // per lane
+  std::string holder;               // who we are, for people: host:pid application
+};
+
+class PgLimitStore final : public store::LimitStore {
+ public:
+  PgLimitStore(asio::io_context& io, const Clock& clock, LimitBackend& backend, LimitStoreOptions options);
+  ~PgLimitStore() override;
+
+  void acquire(store::AcquireOp* op) override;
+  bool abandon(store::AcquireOp* op) override;
+  void release(const store::GroupRef& group, store::HolderId holder) override;
+  std::int64_t refund(const store::GroupRef& group, std::int64_t cost, std::int64_t stamp) override;
+  void settle(const store::GroupRef& group, std::int64_t delta, store::Callback<store::Unit> done) override;
+  void peek(const store::GroupRef& group, store::Callback<store::Peek> done) override;
+  void reset(const store::GroupRef& group, store::Callback<store::Unit> done) override;
+  void list(std::size_t limit, store::Callback<store::Listing> done) override;
+  void on_lost(std::function<void(const std::string& group, store::HolderId)> listener) override;
+
+  // Fails what is queued with Code::closed, lets trips under way end, then tells the server about
+  // slots given back, as far as that takes no longer than `patience`.
+  void close(Nanos patience, std::function<void()> done);
+  void fill(store::Stats& stats) const;
+
+ private:
+  using OpBatcher = batch::Batcher<QueuedOp>;
+  struct Lane {
+    explicit Lane(const batch::BatcherOptions& options, bool of_slots) : batcher(options), slots(of_slots) {}
+    OpBatcher batcher;
+    const bool slots;
+    bool busy = false;  // a trip is under way or waits for its connection
+  };
+  struct Trip;
+  using TripPtr = std::shared_ptr<Trip>;
+
+  Lane& lane_of(const store::GroupRef& group);
+  void push(QueuedOp op);
+  void fail(QueuedOp& op, const Status& status);
+  void pump(Lane& lane);
+  void take_off(Lane& lane, Result<PgPool::Lease> connection);
+  void fail_queued(Lane& lane, const Status& status);
+
+  // A trip goes in rounds: what was refused for the patience of another, lost the race for a first
+  // insert, or did not fit, is asked again before the lane takes new operations.
+  void begin_trip(Lane& lane, OpBatcher::Batch batch, PgPool::Lease connection, unsigned in_a_row);
+  void start_round(const TripPtr& trip);
+  void drop_needless_restatements(OpList& pending);
+  std::vector<Call> build_calls(Trip& trip);
+  Call slots_call(Trip& trip, const Layer& layer);
+  void answered(TripPtr trip, PipelineResult result);
+  void deal_layer(Trip& trip, const Layer& layer, const Rows& rows, Dealt& dealt);
+  void deal_sides(Trip& trip, const PipelineResult& result, Dealt& dealt);
+  void failed(const TripPtr& trip, const PipelineResult& result);
+  void retry_later(const TripPtr& trip);
+  void put_back(Trip& trip, bool in_doubt);
+  void fail_ops(const OpList& ops, const Status& status);
+  void reconnect(const TripPtr& trip);
+  void land(const TripPtr& trip);
+
+  void in_step(Holding& holding);  // queues a restatement where one is needed
+  void report_lost(const std::string& group, store::HolderId holder, std::int64_t slots);
+  void arm(Nanos at);
+  void tick();
+  void renew(std::vector<Holding*> due);
+  void flush_slots(std::function<void()> done);
+  void maybe_closed();
+  [[nodiscard]] bool leases() const { return !backend_.limit_sql().renew.sql.empty(); }
+  void count(const std::vector<Call>& calls, std::size_t ops);
+
+  asio::io_context& io_;
+  const Clock& clock_;
+  LimitBackend& backend_;
+  const LimitStoreOptions options_;
+  std::vector<std::unique_ptr<Lane>> lanes_;  // first those of rates, then those of slots
+  std::unordered_map<store::AcquireOp*, batch::Ticket> tickets_;
+  Holders holders_;
+  std::function<void(const std::string&, store::HolderId)> lost_;
+  std::unique_ptr<asio::steady_timer> timer_;
+  Nanos armed_ = kForever;
+  std::minstd_rand random_;
+  store::Stats stats_;
+  std::size_t trips_ = 0;
+  bool closing_ = false;
+  std::function<void()> closed_;
+  std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
+};
+
+}  // namespace ratesync::postgres

@@ -1,0 +1,96 @@
+// One configured PostgreSQL store: its pool, its tables, and the capabilities on top of them.
+//
+// The schema is looked at once, before the first trip, and again after a failure: a table that is
+// made or a grant that is given later takes effect without a restart.
+#pragma once
+
+#include <asio/io_context.hpp>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "ratesync/base/clock.h"
+#include "ratesync/postgres/conninfo.h"
+#include "ratesync/postgres/errors.h"
+#include "ratesync/postgres/limit_store.h"
+#include "ratesync/postgres/pg_pool.h"
+#include "ratesync/postgres/schema.h"
+#include "ratesync/store/store.h"
+
+namespace ratesync::postgres {
+
+struct PostgresOptions {
+  std::string url;  // postgresql://user:password@host:port/database?..., or key=value
+  std::string schema_name = "public";
+  std::string table_name = "rate_limiter_state";  // at most 51 bytes where tables are to be created
+  bool auto_create = false;                       // create what is missing; needs CREATE on the schema
+  std::size_t pool_min_size = 2;
+  std::size_t pool_max_size = 10;  // from 1; at the server, all hosts together
+  Nanos command_timeout = 5 * kSecond;
+  Nanos connect_timeout = 5 * kSecond;  // per host
+  // auto: pure rates do not wait for the disk, max_concurrent does. on: as the server is
+  // configured. off: nothing waits.
+  std::string synchronous_commit = "auto";
+  bool unlogged = false;                // auto_create makes UNLOGGED tables: emptied by a crash
+  std::string statement_cache = "auto";  // auto: unless a pooler sits in between
+  std::size_t lanes = 2;                // trips at the same time, for rates and for slots each
+};
+
+class PostgresStore final : public store::Store, private LimitBackend {
+ public:
+  // Checks the options; connects nothing.
+  static Result<std::unique_ptr<store::Store>> create(asio::io_context& io, const Clock& clock,
+                                                      PostgresOptions options);
+  ~PostgresStore() override;
+
+  [[nodiscard]] store::Capabilities capabilities() const override;
+  void initialize(store::Callback<store::Unit> done) override;
+  void migrate(bool dry_run, store::Callback<std::vector<store::MigrationStep>> done) override;
+  void doctor(store::Callback<std::vector<store::Finding>> done) override;
+  [[nodiscard]] store::Stats stats() const override;
+  void close(std::function<void()> done) override;
+  void abandon_after_fork() override;
+  [[nodiscard]] bool down() const override;
+  [[nodiscard]] store::LimitStore* limits() override { return limits_.get(); }
+
+ private:
+  using OnCatalogue = std::function<void(Result<Catalogue>)>;
+  struct Checkup;
+
+  PostgresStore(asio::io_context& io, const Clock& clock, PostgresOptions options, TableNames names, ConnInfo info);
+
+  // LimitBackend
+  void when_ready(Connection::Done done) override;
+  PgPool& pool() override { return *pool_; }
+  const LimitSql& limit_sql() const override { return *sql_; }
+  Status explain(const PipelineResult& result) override;
+
+  void look(const PgPool::Lease& connection, OnCatalogue done);
+  void check(const PgPool::Lease& connection);
+  void check_again(const PgPool::Lease& connection, Status creation);
+  void checked(Status status);
+  void use(const Catalogue& found);
+  void examine(const std::shared_ptr<Checkup>& checkup);
+  void count(std::size_t statements);
+
+  const Clock& clock_;
+  const PostgresOptions options_;
+  const TableNames names_;
+  const ConnInfo info_;
+  const ErrorContext context_;
+  std::unique_ptr<PgPool> pool_;
+  // Pipelines under way point into the statements, so older sets are kept; a new one is made only
+  // when the leases table came or went.
+  std::vector<std::unique_ptr<LimitSql>> all_sql_;
+  const LimitSql* sql_ = nullptr;
+  bool with_leases_ = false;
+  bool ready_ = false;
+  bool checking_ = false;
+  std::vector<Connection::Done> waiting_;
+  store::Stats stats_;
+  std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
+  std::unique_ptr<PgLimitStore> limits_;
+};
+
+}  // namespace ratesync::postgres

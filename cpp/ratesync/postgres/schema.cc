@@ -1,0 +1,314 @@
+#include "ratesync/postgres/schema.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+
+namespace ratesync::postgres {
+namespace {
+
+using store::Finding;
+using store::MigrationStep;
+
+constexpr std::size_t kIdentifierBytes = 63;
+
+std::string literal(std::string_view text) {
+  std::string out = "'";
+  for (const char ch : text) out.append(ch == '\'' ? 2 : 1, ch);
+  return out + '\'';
+}
+
+std::string fitting(std::string name) { return name.size() <= kIdentifierBytes ? name : std::string(); }
+
+// One column each; a NUL or a quote in a name cannot break it, names travel as parameters.
+constexpr const char* kCatalogue = R"(
+WITH names AS (SELECT $1::text AS schema_name, ARRAY[$2::text, $3::text, $4::text] AS tables),
+space AS (SELECT n.oid FROM pg_catalog.pg_namespace AS n, names WHERE n.nspname = names.schema_name),
+tables AS (
+  SELECT c.oid, c.relname, c.relowner FROM pg_catalog.pg_class AS c, space, names
+  WHERE c.relnamespace = space.oid AND c.relname = ANY (names.tables) AND c.relkind IN ('r', 'p', 'v', 'f')
+)
+SELECT 'server', current_setting('server_version_num'), pg_is_in_recovery()::text,
+       current_setting('default_transaction_isolation'), current_user::text, NULL::text, NULL::text
+UNION ALL
+SELECT 'schema', has_schema_privilege(oid, 'USAGE')::text, has_schema_privilege(oid, 'CREATE')::text,
+       NULL, NULL, NULL, NULL FROM space
+UNION ALL
+SELECT 'table', relname::text, has_table_privilege(oid, 'SELECT')::text, has_table_privilege(oid, 'INSERT')::text,
+       has_table_privilege(oid, 'UPDATE')::text, has_table_privilege(oid, 'DELETE')::text,
+       pg_has_role(relowner, 'USAGE')::text FROM tables
+UNION ALL
+SELECT 'column', t.relname::text, a.attname::text, format_type(a.atttypid, a.atttypmod), NULL, NULL, NULL
+FROM tables AS t JOIN pg_catalog.pg_attribute AS a ON a.attrelid = t.oid
+WHERE a.attnum > 0 AND NOT a.attisdropped
+UNION ALL
+SELECT 'index', a.attname::text, (x.indisunique AND x.indnkeyatts = 1 AND x.indpred IS NULL)::text, NULL, NULL, NULL, NULL
+FROM tables AS t JOIN pg_catalog.pg_index AS x ON x.indrelid = t.oid AND x.indisvalid
+JOIN pg_catalog.pg_attribute AS a ON a.attrelid = t.oid AND a.attnum = x.indkey[0]
+WHERE t.relname = (SELECT tables[1] FROM names))";
+
+const char* const kStateColumns[] = {"group_id",           "last_acquisition_at", "version",
+                                     "current_concurrent", "created_at",          "updated_at"};
+const char* const kLeaseColumns[] = {"group_id", "holder_id", "holder", "slots", "acquired_at", "expires_at"};
+
+template <std::size_t N>
+std::string missing_columns(const Catalogue::Table& table, const char* const (&wanted)[N]) {
+  std::string out;
+  for (const char* column : wanted)
+    if (!table.columns.contains(column)) out += fmt::format("{}{}", out.empty() ? "" : ", ", column);
+  return out;
+}
+
+std::string create_state(const TableNames& n, const Catalogue& found, const SchemaOptions& options) {
+  std::string sql;
+  if (!found.schema_exists) sql += fmt::format("CREATE SCHEMA IF NOT EXISTS {};\n", quote_identifier(n.schema));
+  sql += fmt::format(
+      "CREATE {}TABLE IF NOT EXISTS {} (\n"
+      "    group_id VARCHAR(255) PRIMARY KEY,\n"
+      "    last_acquisition_at TIMESTAMPTZ NOT NULL,\n"
+      "    version INTEGER NOT NULL DEFAULT 1,\n"
+      "    current_concurrent INTEGER NOT NULL DEFAULT 0,\n"
+      "    created_at TIMESTAMPTZ NOT NULL DEFAULT NOW(),\n"
+      "    updated_at TIMESTAMPTZ NOT NULL DEFAULT NOW()\n"
+      ") WITH (fillfactor = 70);\n"
+      "CREATE INDEX IF NOT EXISTS {} ON {} (updated_at);\n",
+      options.unlogged ? "UNLOGGED " : "", n.quoted(n.state), quote_identifier(n.index), n.quoted(n.state));
+  return sql;
+}
+
+// Whoever may write the state row may write leases: the owner runs `migrate`, another role works.
+std::string create_leases(const TableNames& n, const SchemaOptions& options) {
+  return fmt::format(
+      "CREATE {0}TABLE IF NOT EXISTS {1} (\n"
+      "    group_id VARCHAR(255) NOT NULL,\n"
+      "    holder_id BIGINT NOT NULL,\n"
+      "    holder TEXT NOT NULL,\n"
+      "    slots INTEGER NOT NULL,\n"
+      "    acquired_at TIMESTAMPTZ NOT NULL,\n"
+      "    expires_at TIMESTAMPTZ NOT NULL,\n"
+      "    PRIMARY KEY (group_id, holder_id)\n"
+      ") WITH (fillfactor = 70);\n"
+      "DO $ratesync$\n"
+      "DECLARE grantee text;\n"
+      "BEGIN\n"
+      "  FOR grantee IN\n"
+      "    SELECT CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(a.grantee)) END\n"
+      "    FROM pg_catalog.pg_class AS c JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace,\n"
+      "         aclexplode(c.relacl) AS a\n"
+      "    WHERE n.nspname = {2} AND c.relname = {3} AND a.privilege_type = 'UPDATE'\n"
+      "  LOOP\n"
+      "    EXECUTE format('GRANT SELECT, INSERT, UPDATE, DELETE ON %s TO %s', {4}, grantee);\n"
+      "  END LOOP;\n"
+      "END $ratesync$;\n",
+      options.unlogged ? "UNLOGGED " : "", n.quoted(n.leases), literal(n.schema), literal(n.state),
+      literal(n.quoted(n.leases)));
+}
+
+std::string convert_legacy(const TableNames& n) {
+  const std::string table = n.quoted(n.state);
+  return fmt::format(
+      "ALTER TABLE {0} RENAME COLUMN concurrent_count TO current_concurrent;\n"
+      "UPDATE {0} SET current_concurrent = 0 WHERE current_concurrent IS NULL;\n"
+      "ALTER TABLE {0}\n"
+      "    ALTER COLUMN version DROP DEFAULT,\n"
+      "    ALTER COLUMN version TYPE INTEGER USING (((coalesce(version, 1) - 1) % 2147483647 + 2147483647) % 2147483647 "
+      "+ 1)::integer,\n"
+      "    ALTER COLUMN version SET DEFAULT 1,\n"
+      "    ALTER COLUMN version SET NOT NULL,\n"
+      "    ALTER COLUMN current_concurrent SET DEFAULT 0,\n"
+      "    ALTER COLUMN current_concurrent SET NOT NULL,\n"
+      "    ADD COLUMN IF NOT EXISTS created_at TIMESTAMPTZ NOT NULL DEFAULT NOW(),\n"
+      "    ADD COLUMN IF NOT EXISTS updated_at TIMESTAMPTZ NOT NULL DEFAULT NOW();\n"
+      "CREATE INDEX IF NOT EXISTS {1} ON {0} (updated_at);\n",
+      table, quote_identifier(n.index));
+}
+
+std::string state_grants(const TableNames& n, const Catalogue& found) {
+  return fmt::format("GRANT USAGE ON SCHEMA {} TO {}; GRANT SELECT, INSERT, UPDATE ON {} TO {};",
+                     quote_identifier(n.schema), quote_identifier(found.user), n.quoted(n.state),
+                     quote_identifier(found.user));
+}
+
+std::string lease_grants(const TableNames& n, const Catalogue& found) {
+  return fmt::format("GRANT SELECT, INSERT, UPDATE, DELETE ON {} TO {};", n.quoted(n.leases),
+                     quote_identifier(found.user));
+}
+
+bool writable(const Catalogue::Table& t) { return t.can_select && t.can_insert && t.can_update; }
+
+}  // namespace
+
+Result<TableNames> TableNames::make(const std::string& schema, const std::string& table) {
+  if (Status bad = check_identifier("schema_name", schema); !bad.ok()) return bad;
+  if (Status bad = check_identifier("table_name", table); !bad.ok()) return bad;
+  return TableNames{schema, table, fitting(table + "_leases"), fitting(table + "_migrations"),
+                    fitting("idx_" + table + "_updated")};
+}
+
+std::string TableNames::quoted(const std::string& table) const {
+  return quote_identifier(schema) + '.' + quote_identifier(table);
+}
+
+bool Catalogue::legacy() const {
+  return state.exists && state.columns.contains("concurrent_count") && !state.columns.contains("current_concurrent");
+}
+
+bool Catalogue::leases_usable() const {
+  return writable(leases) && leases.can_delete && missing_columns(leases, kLeaseColumns).empty();
+}
+
+const Statement& catalogue_statement() {
+  static const Statement statement{"", kCatalogue};
+  return statement;
+}
+
+std::vector<Param> catalogue_params(const TableNames& n) {
+  return {Param::text(n.schema), Param::text(n.state), Param::text(n.leases), Param::text(n.migrations)};
+}
+
+Result<Catalogue> read_catalogue(const TableNames& names, const Rows& rows) {
+  if (rows.columns() != 7) return Status::make(Code::protocol, "the catalogue query returned an unexpected shape");
+  Catalogue out;
+  std::map<std::string, Catalogue::Table> tables;
+  for (int r = 0; r < rows.rows(); ++r) {
+    const std::string_view kind = rows.text(r, 0);
+    const auto yes = [&](int column) { return rows.text(r, column) == "true"; };
+    if (kind == "server") {
+      out.server_version = static_cast<int>(std::strtol(std::string(rows.text(r, 1)).c_str(), nullptr, 10));
+      out.in_recovery = yes(2);
+      out.isolation = rows.text(r, 3);
+      out.user = rows.text(r, 4);
+    } else if (kind == "schema") {
+      out.schema_exists = true;
+      out.schema_usage = yes(1);
+      out.schema_create = yes(2);
+    } else if (kind == "table") {
+      Catalogue::Table& t = tables[std::string(rows.text(r, 1))];
+      t.exists = true;
+      t.can_select = yes(2);
+      t.can_insert = yes(3);
+      t.can_update = yes(4);
+      t.can_delete = yes(5);
+      t.owned = yes(6);
+    } else if (kind == "column") {
+      tables[std::string(rows.text(r, 1))].columns[std::string(rows.text(r, 2))] = rows.text(r, 3);
+    } else if (kind == "index") {
+      if (rows.text(r, 1) == "updated_at") out.updated_index = true;
+      if (rows.text(r, 1) == "group_id" && yes(2)) out.group_key = true;
+    }
+  }
+  out.state = tables[names.state];
+  if (!names.leases.empty()) out.leases = tables[names.leases];
+  if (!names.migrations.empty()) out.migrations = tables[names.migrations];
+  return out;
+}
+
+std::vector<MigrationStep> migration_steps(const TableNames& n, const Catalogue& found,
+                                           const SchemaOptions& options) {
+  // What the catalogue shows counts, not what the migrations table says: a table made by hand from
+  // the documentation needs no step.
+  return {
+      {1, "create_state_table", create_state(n, found, options), found.state.exists},
+      {2, "create_leases_table", create_leases(n, options), found.leases.exists},
+      {3, "convert_rate_sync_0_2", convert_legacy(n), !found.legacy()},
+  };
+}
+
+std::string migration_script(const TableNames& n, const std::vector<MigrationStep>& steps) {
+  if (std::all_of(steps.begin(), steps.end(), [](const MigrationStep& s) { return s.applied; })) return {};
+  const std::string record = n.quoted(n.migrations);
+  std::string before, after;
+  for (const MigrationStep& step : steps) {
+    if (step.applied) continue;
+    // The record needs the schema, which the first step may have to create.
+    (step.number == 1 ? before : after) += step.sql;
+    after += fmt::format("INSERT INTO {} (number, name) VALUES ({}, {}) ON CONFLICT (number) DO NOTHING;\n", record,
+                         step.number, literal(step.name));
+  }
+  return fmt::format(
+      "BEGIN ISOLATION LEVEL READ COMMITTED;\n"
+      "SELECT pg_advisory_xact_lock(hashtextextended({}, 0));\n"
+      "{}"
+      "CREATE TABLE IF NOT EXISTS {} (number BIGINT PRIMARY KEY, name TEXT NOT NULL, applied_at TIMESTAMPTZ NOT NULL "
+      "DEFAULT NOW());\n"
+      "{}"
+      "COMMIT;\n",
+      literal("ratesync:" + n.quoted(n.state)), before, record, after);
+}
+
+Status check_catalogue(const TableNames& n, const Catalogue& found, bool auto_create) {
+  const auto fail = [](const char* sqlstate, std::string message) {
+    return Status::make(Code::server, std::move(message), sqlstate);
+  };
+  const std::string table = n.quoted(n.state);
+  if (found.in_recovery)
+    return Status::make(Code::unavailable,
+                        "the server is a standby and read-only: add target_session_attrs=read-write to the url and "
+                        "list all hosts",
+                        "25006");
+  const std::string create_hint =
+      auto_create ? fmt::format("auto_create = true could not make it: GRANT CREATE ON SCHEMA {} TO {};",
+                                quote_identifier(n.schema), quote_identifier(found.user))
+                  : "set auto_create = true, run `ratesync migrate`, or create it by hand, and check table_name and "
+                    "schema_name";
+  if (!found.schema_exists)
+    return fail("3F000", fmt::format("schema {} does not exist, so neither does table {}: {}",
+                                     quote_identifier(n.schema), table, create_hint));
+  if (!found.state.exists) return fail("42P01", fmt::format("table {} does not exist: {}", table, create_hint));
+  if (!found.schema_usage || !writable(found.state))
+    return fail("42501", fmt::format("permission denied on table {} for role {}: run as its owner: {}", table,
+                                     quote_identifier(found.user), state_grants(n, found)));
+  if (found.legacy())
+    return fail("42703", fmt::format("table {} was made by rate-sync 0.2: run `ratesync migrate` as its owner, or:\n{}",
+                                     table, convert_legacy(n)));
+  if (const std::string missing = missing_columns(found.state, kStateColumns); !missing.empty())
+    return fail("42703", fmt::format("table {} is not a rate limiter table: column(s) {} missing; check table_name and "
+                                     "schema_name", table, missing));
+  if (!found.group_key)
+    return fail("42P10", fmt::format("table {} has no unique index on group_id: ALTER TABLE {} ADD PRIMARY KEY "
+                                     "(group_id);", table, table));
+  // Counting without leases beside others who count with them would grant too much.
+  if (found.leases.exists && !found.leases_usable())
+    return fail("42501", fmt::format("table {} exists, but role {} may not use it: run as its owner: {}",
+                                     n.quoted(n.leases), quote_identifier(found.user), lease_grants(n, found)));
+  return Status::success();
+}
+
+std::vector<Finding> schema_findings(const TableNames& n, const Catalogue& found) {
+  using Level = Finding::Level;
+  std::vector<Finding> out;
+  const auto add = [&out](Level level, std::string subject, std::string message) {
+    out.push_back({level, std::move(subject), std::move(message)});
+  };
+  const std::string table = n.quoted(n.state);
+  const Status status = check_catalogue(n, found, false);
+  if (!status.ok()) {
+    add(Level::error, "table", status.message);
+  } else {
+    add(Level::ok, "table", fmt::format("{} has all columns", table));
+    add(Level::ok, "grants", fmt::format("role {} may select, insert and update", quote_identifier(found.user)));
+  }
+  if (found.state.exists && !found.updated_index)
+    add(Level::warning, "index",
+        n.index.empty() ? fmt::format("{} has no index on updated_at", table)
+                        : fmt::format("{0} has no index on updated_at, clean-up of old rows will be slow: CREATE INDEX "
+                                      "{1} ON {0} (updated_at);", table, quote_identifier(n.index)));
+  if (!n.can_migrate())
+    add(Level::warning, "leases",
+        fmt::format("table_name {} is too long for the names derived from it (at most 51 bytes): max_concurrent works "
+                    "without expiry of dead holders", quote_identifier(n.state)));
+  else if (!found.leases.exists)
+    add(Level::warning, "leases",
+        fmt::format("table {} is missing: max_concurrent works through current_concurrent, and slots of a process that "
+                    "dies are never given back; run `ratesync migrate` as the owner, then restart the applications",
+                    n.quoted(n.leases)));
+  else if (found.leases_usable())
+    add(Level::ok, "leases", fmt::format("{} is there: slots of dead holders expire", n.quoted(n.leases)));
+  if (found.isolation != "read committed")
+    add(Level::warning, "isolation",
+        fmt::format("default_transaction_isolation is {}: correct, but conflicts are retried; ALTER ROLE {} SET "
+                    "default_transaction_isolation = 'read committed';", found.isolation, quote_identifier(found.user)));
+  return out;
+}
+
+}  // namespace ratesync::postgres

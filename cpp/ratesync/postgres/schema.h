@@ -1,0 +1,73 @@
+// The tables of a PostgreSQL store: what must be there, what is there, and how to get from one to
+// the other. Pure text and values; postgres_store.cc talks to the server.
+//
+// The state table and its grants are a contract with users who made it by hand. Everything else
+// lives in tables of its own, which migrations add.
+#pragma once
+
+#include <map>
+#include <string>
+#include <vector>
+
+#include "ratesync/base/status.h"
+#include "ratesync/postgres/connection.h"
+#include "ratesync/postgres/limit_sql.h"
+#include "ratesync/store/store.h"
+
+namespace ratesync::postgres {
+
+struct TableNames {
+  std::string schema;
+  std::string state;
+  std::string leases;      // state + "_leases"; empty when that name would be cut at 63 bytes
+  std::string migrations;  // state + "_migrations", likewise
+  std::string index;       // "idx_" + state + "_updated", likewise
+
+  // Checks lengths and characters. The derived names may be empty, see above.
+  static Result<TableNames> make(const std::string& schema, const std::string& table);
+  [[nodiscard]] bool can_migrate() const { return !leases.empty() && !migrations.empty() && !index.empty(); }
+  [[nodiscard]] std::string quoted(const std::string& table) const;  // "schema"."table"
+};
+
+// One answer of the catalogue query.
+struct Catalogue {
+  int server_version = 0;  // 150018
+  bool in_recovery = false;
+  std::string isolation;  // default_transaction_isolation
+  std::string user;
+  bool schema_exists = false, schema_usage = false, schema_create = false;
+  struct Table {
+    bool exists = false;
+    bool can_select = false, can_insert = false, can_update = false, can_delete = false;
+    bool owned = false;                          // by the user or a role that it is a member of
+    std::map<std::string, std::string> columns;  // name → type, as format_type prints it
+  };
+  Table state, leases, migrations;
+  bool updated_index = false;  // some index whose first column is updated_at
+  bool group_key = false;      // a unique index on group_id alone
+
+  [[nodiscard]] bool legacy() const;  // made by rate-sync 0.2
+  [[nodiscard]] bool leases_usable() const;
+};
+
+const Statement& catalogue_statement();
+std::vector<Param> catalogue_params(const TableNames& names);
+Result<Catalogue> read_catalogue(const TableNames& names, const Rows& rows);
+
+struct SchemaOptions {
+  bool unlogged = false;
+};
+
+// All steps in order; `applied` tells which of them the catalogue shows to be done.
+std::vector<store::MigrationStep> migration_steps(const TableNames& names, const Catalogue& found,
+                                                  const SchemaOptions& options);
+// The steps that are not applied as one script: one transaction under an advisory lock, so that any
+// number of instances may run it at once. Empty when nothing is to be done.
+std::string migration_script(const TableNames& names, const std::vector<store::MigrationStep>& steps);
+
+// Ok when the store can work; else what is missing and the cure.
+Status check_catalogue(const TableNames& names, const Catalogue& found, bool auto_create);
+// The same and more, as a list.
+std::vector<store::Finding> schema_findings(const TableNames& names, const Catalogue& found);
+
+}  // namespace ratesync::postgres
