@@ -108,8 +108,8 @@ stamps=$venv/.ratesync
 mkdir -p "$stamps"
 requirements=$(sha256sum pyproject.toml | cut -c1-64)
 # Everything that goes into the wheel. Compiled modules in the tree are not sources.
-sources=$(find cpp python CMakeLists.txt pyproject.toml README.md LICENSE -type f \
-            ! -name '*.pyc' ! -name '*.so' -print0 2>/dev/null | LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum)
+sources=$(find cpp python ./*.toml ./*.txt ./*.md LICENSE -type f ! -name '*.pyc' ! -name '*.so' -print0 |
+            LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum | cut -c1-64)
 
 stamped() { [ -f "$stamps/$1" ] && [ "$(cat "$stamps/$1")" = "$2" ]; }
 

@@ -92,6 +92,17 @@ class TestMemoryAsTimePasses:
         await ratesync_clock.run(0.1)
         assert await task == pytest.approx(100.0)
 
+    async def test_a_forgotten_bare_acquire_comes_back_after_its_lease(
+        self, limit: MakeLimiter, ratesync_clock: ManualClock
+    ) -> None:
+        limiter = limit(max_concurrent=1, lease_seconds=30.0)
+        with pytest.warns(ResourceWarning):
+            await limiter.acquire_context()
+        await ratesync_clock.run(29.9)
+        assert not await limiter.try_acquire()
+        await ratesync_clock.run(0.2)
+        assert await limiter.try_acquire()
+
     async def test_a_waiter_for_a_slot_gives_up_at_its_deadline(
         self, limit: MakeLimiter, ratesync_clock: ManualClock
     ) -> None:

@@ -276,7 +276,7 @@ class LimitContract:
 
     async def test_a_forgotten_permit_warns_and_gives_its_slot_back(self, limit: MakeLimiter) -> None:
         limiter = limit(max_concurrent=1)
-        permit = await limiter.acquire_context()
+        permit = await limiter.acquire_context().__aenter__()
         with pytest.warns(ResourceWarning):  # noqa: PT031 - dropping it is the call
             del permit
             gc.collect()
