@@ -40,24 +40,22 @@ def as_user(url: str, user: str, password: str) -> str:
     return urlunsplit(parts._replace(netloc=f"{user}:{password}@{host}"))
 
 
-async def minimal_role(pool: asyncpg.Pool, name: str, grants: str) -> None:
-    exists = await pool.fetchval("SELECT 1 FROM pg_roles WHERE rolname = $1", name)
+async def minimal_role(connection: asyncpg.Connection, name: str, grants: str) -> None:
+    exists = await connection.fetchval("SELECT 1 FROM pg_roles WHERE rolname = $1", name)
     if not exists:
-        await pool.execute(f"CREATE ROLE {name} LOGIN PASSWORD 'secret'")
-    await pool.execute("REVOKE ALL ON SCHEMA public FROM PUBLIC")
-    await pool.execute(f"GRANT USAGE ON SCHEMA public TO {name}")
+        await connection.execute(f"CREATE ROLE {name} LOGIN PASSWORD 'secret'")
+    await connection.execute("REVOKE ALL ON SCHEMA public FROM PUBLIC")
+    await connection.execute(f"GRANT USAGE ON SCHEMA public TO {name}")
     if grants:
-        await pool.execute(f"GRANT {grants} ON rate_limiter_state TO {name}")
+        await connection.execute(f"GRANT {grants} ON rate_limiter_state TO {name}")
 
 
 async def test_auto_create_makes_the_seeds_table_exactly(ratesync_postgres_url, ratesync_asyncpg):
     configure(ratesync_postgres_url)
     await ratesync.get_store("db").initialize()
     made = [tuple(row) for row in await ratesync_asyncpg.fetch(COLUMNS, "public", "rate_limiter_state")]
-    await ratesync_asyncpg.execute("CREATE SCHEMA seed; SET search_path TO seed")
-    async with ratesync_asyncpg.acquire() as connection:
-        await connection.execute("SET search_path TO seed;" + SEED_DDL)
-        printed = [tuple(row) for row in await connection.fetch(COLUMNS, "seed", "rate_limiter_state")]
+    await ratesync_asyncpg.execute("CREATE SCHEMA seed; SET search_path TO seed;" + SEED_DDL)
+    printed = [tuple(row) for row in await ratesync_asyncpg.fetch(COLUMNS, "seed", "rate_limiter_state")]
     assert made == printed
     indexes = await ratesync_asyncpg.fetch(
         "SELECT indexdef FROM pg_indexes WHERE schemaname = 'public' AND indexname = 'idx_rate_limiter_state_updated'"

@@ -6,7 +6,6 @@
 // need the GIL.
 #pragma once
 
-#define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
 #include <atomic>
@@ -56,7 +55,9 @@ enum class Mode { permit, none, boolean };
 struct Slot {
   engine::LimiterRef limiter;
   store::GroupRef group;
-  engine::PermitRef permit;  // null for the memory store's quick slots
+  engine::PermitRef permit;         // null for the memory store's quick slots:
+  store::HolderId holder = 0;       // those are named by this
+  unsigned generation = 0;          // of the process that holds it: not a forked child's to release
   std::atomic<bool> held{true};
 };
 using SlotRef = std::shared_ptr<Slot>;
@@ -71,8 +72,11 @@ struct LimiterImpl {
   unsigned generation = 0;
   bool rate_only = false;            // quick, and no slot to give back: the shortest path
   Nanos logged = 0;                  // when an outage was last reported
-  std::deque<SlotRef> bare;          // slots of bare acquires, oldest first
-  std::unordered_map<std::uint64_t, std::vector<SlotRef>> entered;  // `with limiter` by task or thread
+  // Slots of bare acquires, oldest first, among them some that were released by their permits.
+  std::deque<SlotRef> bare = {};
+  std::size_t bare_sweep_at = 64;    // size at which those are looked for
+  // `with limiter`, by task or thread; null when a dead store let the caller pass without a slot.
+  std::unordered_map<std::uint64_t, std::vector<SlotRef>> entered = {};
 };
 
 struct LimiterObject {
@@ -113,9 +117,13 @@ struct WaiterObject {
   PyObject* context;
   PermitObject* permit;            // acquisitions; else null
   std::function<PyObject*(engine::Completion&)> convert;  // other calls
+  PyObject* cancel_message;        // of Task.cancel(msg): anyio knows its cancellations by it
+  WaiterObject* previous;          // among the waiters of the loop
+  WaiterObject* next;
   Mode mode;
   enum class State : std::uint8_t { pending, done, cancelled, consumed } state;
   bool blocking;
+  bool yielded;  // a task waits on it as a future; before, it is a coroutine to asyncio
 };
 
 // limiter.cc
@@ -140,6 +148,9 @@ extern const char kAcquireDoc[];
 bool init_waiter_type(PyObject* module);
 WaiterObject* new_waiter(std::shared_ptr<engine::Engine> engine, std::shared_ptr<LoopState> loop);
 void completed(WaiterObject* waiter);     // by drain; returns with the task woken
+void abandon(WaiterObject* waiter);       // whatever comes or came is given back
+// Raises what the arguments of a coroutine's throw() say. Returns null.
+PyObject* raise_thrown(PyObject* const* args, Py_ssize_t nargs);
 void give_back(engine::Engine& engine, engine::Completion* completion);
 PyObject* raise_status(const Status& status, const std::string& store_id);
 
@@ -152,8 +163,19 @@ class LoopState {
  public:
   explicit LoopState(PyObject* loop);
   ~LoopState();
+  LoopState(const LoopState&) = delete;
+  LoopState& operator=(const LoopState&) = delete;
+  // The loop is closed or gone: nobody will be woken there any more. What waits is cancelled, what was
+  // granted is given back.
+  void retire();
+  // Drops what was delivered after that. True: nothing more will come.
+  bool reap();
+
   std::shared_ptr<engine::LoopTarget> target;
   PyObject* weak_loop = nullptr;
+  WaiterObject* waiters = nullptr;  // all that exist, newest first
 };
+// In a forked child: closes the inherited descriptors. The queues themselves stay the parent's.
+void abandon_loops_after_fork();
 
 }  // namespace ratesync::bindings
