@@ -55,12 +55,9 @@ engine::Completion* wait_sync(engine::Engine& engine, engine::Completion* comple
       completion->ref();
       if (!engine.submit(engine::CancelTask{static_cast<engine::AcquireTask*>(completion)})) completion->unref();
     }
-    Py_BEGIN_ALLOW_THREADS
-    done = target->wait(cancellable ? 10 * kSecond : 0);
-    Py_END_ALLOW_THREADS
-    if (done) {
-      give_back(engine, done);
-      done->unref();
+    if (engine::Completion* unwanted = target->give_up()) {
+      give_back(engine, unwanted);
+      unwanted->unref();
     }
     PyErr_Restore(type, value, trace);
     return nullptr;
@@ -92,7 +89,7 @@ PyObject* limiter_reset(PyObject* self, PyObject* key) {
   engine::LimitService* service = impl->core->service;
   return make_call<store::Unit>(impl->engine, impl->store_id, [service, group](auto done) {
     service->limits().reset(group, [service, group, done](Result<store::Unit> result) {
-      if (result.ok()) service->slot_freed(group->id);
+      if (result.ok()) service->was_reset(group->id);
       done(std::move(result));
     });
   });
@@ -223,7 +220,7 @@ LimiterImpl* make_limiter_impl(PyObject* args, PyObject* kwargs) {
   }
   auto impl = std::make_unique<LimiterImpl>(LimiterImpl{std::string(text, static_cast<std::size_t>(size)), store->entry->id,
                                                         store->engine, std::make_shared<engine::LimiterCore>(), nullptr,
-                                                        memory::Pin(), store->generation, false, 0, {}, {}});
+                                                        memory::Pin(), store->generation});
   impl->core->group = std::make_shared<const store::Group>(impl->id, params);
   impl->core->policy = policy;
   impl->core->service = store->entry->limits.get();
@@ -231,7 +228,7 @@ LimiterImpl* make_limiter_impl(PyObject* args, PyObject* kwargs) {
   if (memory && policy.max_hold == kForever) {
     // Needs aggregate assignment of a move-only member: build anew with the pin.
     return new LimiterImpl{impl->id, impl->store_id, impl->engine, impl->core, memory, memory->pin(impl->id),
-                           impl->generation, !params.has_concurrency(), 0, {}, {}};
+                           impl->generation, !params.has_concurrency()};
   }
   return impl.release();
 }

@@ -25,6 +25,7 @@ class PendingCall {
   PyObject* begin() const { return begin_(); }
   PyObject* block() const { return block_(); }
   pybind11::object iterator();  // begun at the first use
+  pybind11::object throw_into(const pybind11::args& args);
   void close();
 
  private:

@@ -172,7 +172,7 @@ LimiterImpl* live(LimiterObject* limiter) {
       self_of(fresh)->impl->generation == g_generation.load(std::memory_order_relaxed)) {
     const LimiterImpl& from = *self_of(fresh)->impl;
     auto* renewed = new LimiterImpl{from.id, from.store_id, from.engine, from.core, from.memory,
-                                    from.memory ? from.memory->pin(from.id) : memory::Pin(), from.generation, from.rate_only, 0, {}, {}};
+                                    from.memory ? from.memory->pin(from.id) : memory::Pin(), from.generation, from.rate_only};
     limiter->impl = renewed;  // the old one is leaked: its locks may be held by a thread that is not here
     Py_DECREF(fresh);
     return renewed;
@@ -229,17 +229,21 @@ PyObject* limiter_aenter(PyObject* object, PyObject*) {
 
 void leave(LimiterImpl& impl, bool async) {
   if (!impl.core->group->params.has_concurrency()) return;
-  const auto it = impl.entered.find(caller_key(async));
+  auto it = impl.entered.find(caller_key(async));
+  // Left by another task or thread than entered it (an exit stack, a coroutine closed from outside,
+  // a fixture): the slots are alike, so any of them keeps the count right.
+  if (it == impl.entered.end()) it = impl.entered.begin();
   if (it == impl.entered.end()) return;
   const SlotRef slot = it->second.back();
   it->second.pop_back();
   if (it->second.empty()) impl.entered.erase(it);
-  release_slot(impl, *slot);
+  if (slot) release_slot(impl, *slot);
 }
 
 PyObject* limiter_aexit(PyObject* object, PyObject* const*, Py_ssize_t) {
-  if (!self_of(object)->impl->rate_only) {
-    LimiterImpl* impl = live(self_of(object));
+  LimiterImpl* impl = self_of(object)->impl;
+  if (!impl || !impl->rate_only) {
+    impl = live(self_of(object));
     if (!impl) return nullptr;
     leave(*impl, true);
   }
@@ -274,9 +278,13 @@ PyObject* limiter_release_bare(PyObject* object, PyObject*) {
 }
 
 int limiter_init(PyObject* object, PyObject* args, PyObject* kwargs) {
+  if (self_of(object)->impl) {
+    PyErr_SetString(PyExc_RuntimeError, "a limiter is initialised once: its permits refer to what it is");
+    return -1;
+  }
   LimiterImpl* impl = make_limiter_impl(args, kwargs);
   if (!impl) return -1;
-  delete std::exchange(self_of(object)->impl, impl);
+  self_of(object)->impl = impl;
   return 0;
 }
 

@@ -1,10 +1,12 @@
 // Event loops: one completion queue each, drained by a reader callback.
 //
 // A loop may be closed, collected, and a new one created at the same address; the table is keyed
-// by the loop object and cleaned by a weak reference's callback.
+// by the loop object and cleaned by a weak reference's callback. A closed loop that tasks still wait
+// in is not collected (the engine keeps them): those are found when the next loop comes.
 #include <pybind11/pybind11.h>
 
 #include <unordered_map>
+#include <vector>
 
 #include "ratesync/bindings/objects.h"
 
@@ -23,19 +25,51 @@ std::unordered_map<PyObject*, std::shared_ptr<LoopState>>& table() {
   return *loops;
 }
 
+// Retired, and something is still to be delivered there.
+std::vector<std::shared_ptr<LoopState>>& retired() {
+  static auto* states = new std::vector<std::shared_ptr<LoopState>>();
+  return *states;
+}
+
 PyObject* g_last_loop = nullptr;           // borrowed: entry of table()
 std::shared_ptr<LoopState>* g_last_state = nullptr;
-unsigned g_table_generation = 0;
 
-void discard(engine::Completion* first) {
+void discard(engine::Completion* first, bool return_grants) {
   while (first) {
     engine::Completion* next = first->next;
     auto* waiter = static_cast<WaiterObject*>(first->cookie);
-    give_back(*waiter->engine, first);
+    if (return_grants) give_back(*waiter->engine, first);
     first->unref();
     Py_DECREF(reinterpret_cast<PyObject*>(waiter));
     first = next;
   }
+}
+
+void forget_loop(PyObject* loop) {
+  const auto it = table().find(loop);
+  if (it == table().end()) return;
+  if (g_last_loop == loop) g_last_loop = nullptr;
+  const std::shared_ptr<LoopState> gone = it->second;
+  table().erase(it);
+  gone->retire();
+  if (!gone->reap()) retired().push_back(gone);
+}
+
+// When a new loop comes.
+void tidy() {
+  std::vector<PyObject*> closed;
+  for (const auto& [loop, loop_state] : table()) closed.push_back(loop);
+  std::erase_if(closed, [](PyObject* loop) {
+    const auto it = table().find(loop);
+    if (it == table().end()) return true;
+    const auto alive = py::reinterpret_borrow<py::object>(PyWeakref_GetObject(it->second->weak_loop));
+    return !alive.is_none() && !py::cast<bool>(alive.attr("is_closed")());
+  });
+  for (PyObject* loop : closed) forget_loop(loop);
+  std::vector<std::shared_ptr<LoopState>> left;
+  left.swap(retired());
+  std::erase_if(left, [](const std::shared_ptr<LoopState>& loop_state) { return loop_state->reap(); });
+  retired().insert(retired().end(), left.begin(), left.end());
 }
 
 PyObject* drain(engine::LoopTarget& target) {
@@ -67,18 +101,43 @@ LoopState::LoopState(PyObject* loop) : target(std::make_shared<engine::LoopTarge
     return py::reinterpret_steal<py::object>(result);
   });
   py::handle(loop).attr("add_reader")(queue->fd(), reader);
-  auto forget = py::cpp_function([loop](const py::handle& ref) {
-    if (auto it = table().find(loop); it != table().end()) {
-      if (g_last_loop == loop) g_last_loop = nullptr;
-      table().erase(it);
-    }
-    ref.dec_ref();
-  });
+  const auto forget = py::cpp_function([loop](const py::handle&) { forget_loop(loop); });
   weak_loop = PyWeakref_NewRef(loop, forget.ptr());
   if (!weak_loop) throw py::error_already_set();
 }
 
-LoopState::~LoopState() { discard(target->close()); }
+LoopState::~LoopState() { Py_XDECREF(weak_loop); }
+
+void LoopState::retire() {
+  discard(target->close(), true);
+  std::vector<py::object> pending;
+  for (WaiterObject* waiter = waiters; waiter; waiter = waiter->next)
+    pending.push_back(py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(waiter)));
+  for (const py::object& object : pending) {
+    auto* waiter = reinterpret_cast<WaiterObject*>(object.ptr());
+    abandon(waiter);
+    // The way back to the task, and so to the loop: cut, or neither could be collected.
+    Py_CLEAR(waiter->callback);
+    Py_CLEAR(waiter->context);
+  }
+}
+
+bool LoopState::reap() {
+  discard(target->take(), false);
+  return waiters == nullptr;
+}
+
+void abandon_loops_after_fork() {
+  // Leaked: their locks may be held by a thread that is not here.
+  for (auto& [loop, loop_state] : table()) {
+    loop_state->target->abandon_after_fork();
+    (void)new std::shared_ptr<LoopState>(loop_state);
+  }
+  for (auto& loop_state : retired()) (void)new std::shared_ptr<LoopState>(loop_state);
+  g_last_loop = nullptr;
+  table().clear();
+  retired().clear();
+}
 
 bool load_asyncio() {
   ModuleState& s = state();
@@ -121,16 +180,11 @@ std::shared_ptr<LoopState> running_loop_state() {
                     "(`with acquire(...)`, `.wait()`)");
     return nullptr;
   }
-  if (g_table_generation != g_generation.load(std::memory_order_relaxed)) {
-    // Forked: the parent's queues stay open there; here they are dropped with their descriptors.
-    g_last_loop = nullptr;
-    table().clear();
-    g_table_generation = g_generation.load(std::memory_order_relaxed);
-  }
   if (loop == g_last_loop) return *g_last_state;
   auto it = table().find(loop);
   if (it == table().end()) {
     try {
+      tidy();
       it = table().emplace(loop, std::make_shared<LoopState>(loop)).first;
     } catch (py::error_already_set& error) {
       error.restore();

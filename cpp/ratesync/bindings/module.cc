@@ -161,6 +161,7 @@ PyMethodDef kAcquire = {"acquire", reinterpret_cast<PyCFunction>(reinterpret_cas
 void after_fork_in_child() {
   for (engine::Engine* engine : engines()) engine->abandon_after_fork();
   engines().clear();
+  abandon_loops_after_fork();
 }
 
 }  // namespace
@@ -168,6 +169,14 @@ void after_fork_in_child() {
 py::object PendingCall::iterator() {
   if (!iterator_) iterator_ = steal_or_throw(steal_or_throw(begin()).attr("__await__")().release().ptr()).release().ptr();
   return py::reinterpret_borrow<py::object>(iterator_);
+}
+
+py::object PendingCall::throw_into(const py::args& args) {
+  // Cancelled before the first step: nothing has begun, and nothing begins.
+  if (iterator_ && py::hasattr(py::handle(iterator_), "throw")) return py::handle(iterator_).attr("throw")(*args);
+  std::vector<PyObject*> given;
+  for (const py::handle& arg : args) given.push_back(arg.ptr());
+  return steal_or_throw(raise_thrown(given.data(), static_cast<Py_ssize_t>(given.size())));
 }
 
 void PendingCall::close() {
@@ -262,7 +271,7 @@ PYBIND11_MODULE(_core, module) {
       })
       // The rest of the coroutine protocol, so that create_task() takes it.
       .def("send", [](PendingCall& self, const py::object& value) { return self.iterator().attr("send")(value); })
-      .def("throw", [](PendingCall& self, const py::args& args) { return self.iterator().attr("throw")(*args); })
+      .def("throw", [](PendingCall& self, const py::args& args) { return self.throw_into(args); })
       .def("close", [](PendingCall& self) { self.close(); })
       .def("wait", [](const PendingCall& self) { return steal_or_throw(self.block()); },
            "wait()\n--\n\nRun the call from a plain thread and return its result. Ctrl-C works.");

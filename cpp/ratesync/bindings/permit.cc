@@ -48,20 +48,28 @@ PyObject* raise_denied(const LimiterImpl& impl, const std::string& group, const 
   return nullptr;
 }
 
-void hold_slot(PermitObject* permit, LimiterImpl& impl, engine::PermitRef engine_permit) {
+void hold_slot(PermitObject* permit, LimiterImpl& impl, engine::PermitRef engine_permit, store::HolderId holder) {
   auto slot = std::make_shared<Slot>();
   slot->limiter = impl.core;
   slot->group = group_of(permit, impl);
   slot->permit = std::move(engine_permit);
+  slot->holder = holder;
+  slot->generation = impl.generation;
   permit->slot = slot;
-  if (permit->bare) impl.bare.push_back(std::move(slot));
+  if (!permit->bare) return;
+  if (impl.bare.size() >= impl.bare_sweep_at) {
+    std::erase_if(impl.bare, [](const SlotRef& other) { return !other->held.load(std::memory_order_relaxed); });
+    impl.bare_sweep_at = std::max<std::size_t>(64, 2 * impl.bare.size());
+  }
+  impl.bare.push_back(std::move(slot));
 }
 
 // Only a Permit that the caller holds keeps its slot; in the other forms the object is a means, and
 // the slot stays with the limiter: with the task that entered it, or with the bare acquires.
 void place_slot(PermitObject* permit, LimiterImpl& impl, Mode mode, bool async) {
-  if (mode == Mode::permit || !permit->slot) return;
-  if (permit->entered) impl.entered[caller_key(async)].push_back(permit->slot);
+  if (mode == Mode::permit) return;
+  // Also without a slot: whoever leaves must not give back somebody else's.
+  if (permit->entered && impl.core->group->params.has_concurrency()) impl.entered[caller_key(async)].push_back(permit->slot);
   permit->slot = nullptr;
 }
 
@@ -81,7 +89,7 @@ bool quick(PermitObject* permit, LimiterImpl& impl, memory::QuickReply* reply) {
     permit->waited = 0;
     permit->remaining = -1;
     if (params.has_concurrency()) {
-      hold_slot(permit, impl, nullptr);
+      hold_slot(permit, impl, nullptr, reply->holder);
       counters.held.fetch_add(1, std::memory_order_relaxed);
     }
     return true;
@@ -241,7 +249,7 @@ PyObject* finish_acquire(PermitObject* permit, AcquireTask& task, Mode mode, boo
     }
     case Outcome::granted:
       permit->phase = Phase::granted;
-      if (task.permit) hold_slot(permit, impl, task.permit);
+      if (task.permit) hold_slot(permit, impl, task.permit, 0);
       break;
     case Outcome::refused:
       if (mode == Mode::boolean) Py_RETURN_FALSE;
@@ -283,7 +291,7 @@ class LateRelease final : public engine::TimerNode {
         service.release(slot_->permit);
       } else if (memory_) {
         slot_->limiter->counters.held.fetch_sub(1, std::memory_order_relaxed);
-        memory_->release_slot(slot_->group->id);
+        memory_->release_slot(slot_->group->id, slot_->holder);
         service.slot_freed(slot_->group->id);
       }
     }
@@ -307,6 +315,7 @@ void release_after_lease(LimiterImpl& impl, const SlotRef& slot) {
 }  // namespace
 
 void release_slot(LimiterImpl& impl, Slot& slot) {
+  if (slot.generation != g_generation.load(std::memory_order_relaxed)) return;  // the parent's
   if (!slot.held.exchange(false)) return;
   engine::Counters& counters = slot.limiter->counters;
   counters.releases.fetch_add(1, std::memory_order_relaxed);
@@ -317,8 +326,8 @@ void release_slot(LimiterImpl& impl, Slot& slot) {
   counters.held.fetch_sub(1, std::memory_order_relaxed);
   if (!impl.memory) return;
   const bool somebody_waits = slot.group == impl.core->group
-                                  ? impl.memory->release_slot(*impl.pin.shard(), *impl.pin.cell())
-                                  : impl.memory->release_slot(slot.group->id);
+                                  ? impl.memory->release_slot(*impl.pin.shard(), *impl.pin.cell(), slot.holder)
+                                  : impl.memory->release_slot(slot.group->id, slot.holder);
   if (somebody_waits) impl.engine->submit(engine::SlotFreed{slot.limiter, slot.group->id});
 }
 
@@ -330,8 +339,6 @@ void let_go(PermitObject* permit) {
   if (!permit->slot) return;
   const SlotRef slot = std::move(permit->slot);
   permit->slot = nullptr;
-  // After fork the slot is the parent's.
-  if (permit->limiter->impl->generation != g_generation.load(std::memory_order_relaxed)) return;
   release_slot(*permit->limiter->impl, *slot);
 }
 
@@ -404,8 +411,7 @@ PyObject* permit_repr(PyObject* object) {
 
 void permit_dealloc(PyObject* object) {
   PermitObject* permit = self_of(object);
-  if (permit->slot && permit->slot->held &&
-      permit->limiter->impl->generation == g_generation.load(std::memory_order_relaxed)) {
+  if (permit->slot && permit->slot->held && permit->slot->generation == g_generation.load(std::memory_order_relaxed)) {
     PyObject *type, *value, *trace;
     PyErr_Fetch(&type, &value, &trace);
     LimiterImpl& impl = *permit->limiter->impl;
@@ -439,7 +445,8 @@ PyObject* get_waited(PyObject* object, void*) {
 PyObject* get_remaining(PyObject* object, void*) {
   PermitObject* permit = self_of(object);
   LimiterImpl* impl = permit->limiter->impl;
-  if (permit->remaining < 0 && permit->phase == Phase::granted && impl->memory) {
+  if (permit->remaining < 0 && permit->phase == Phase::granted && impl->memory &&
+      impl->generation == g_generation.load(std::memory_order_relaxed)) {
     // The fast path does not compute what is rarely read; the store still knows.
     impl->memory->peek(group_of(permit, *impl), [permit](Result<store::Peek> peek) {
       permit->remaining = peek.ok() ? peek.value().available : 0;

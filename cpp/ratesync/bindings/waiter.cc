@@ -7,6 +7,11 @@ namespace {
 
 WaiterObject* self_of(PyObject* object) { return reinterpret_cast<WaiterObject*>(object); }
 
+PyObject* raise_cancelled(const WaiterObject* waiter) {
+  PyErr_SetObject(state().cancelled_error, waiter->cancel_message);
+  return nullptr;
+}
+
 void ask_cancel(WaiterObject* waiter) {
   if (!waiter->permit || !waiter->completion) return;
   auto* task = static_cast<engine::AcquireTask*>(waiter->completion);
@@ -28,29 +33,6 @@ PyObject* take_result(WaiterObject* waiter) {
   return result;
 }
 
-// The awaiting code is leaving: whatever comes or came is given back.
-void abandon(WaiterObject* waiter) {
-  switch (waiter->state) {
-    case WaiterObject::State::pending:
-      waiter->state = WaiterObject::State::cancelled;
-      ask_cancel(waiter);
-      if (waiter->permit) waiter->permit->phase = Phase::idle;
-      break;
-    case WaiterObject::State::done:
-      waiter->state = WaiterObject::State::consumed;
-      if (waiter->completion) {
-        give_back(*waiter->engine, waiter->completion);
-        waiter->completion->unref();
-        waiter->completion = nullptr;
-      }
-      if (waiter->permit) waiter->permit->phase = Phase::idle;
-      break;
-    case WaiterObject::State::cancelled:
-    case WaiterObject::State::consumed:
-      break;
-  }
-}
-
 PySendResult waiter_send(PyObject* object, PyObject*, PyObject** result) {
   WaiterObject* waiter = self_of(object);
   switch (waiter->state) {
@@ -63,12 +45,12 @@ PySendResult waiter_send(PyObject* object, PyObject*, PyObject** result) {
         *result = nullptr;
         return PYGEN_ERROR;
       }
-      waiter->blocking = true;
+      waiter->blocking = waiter->yielded = true;
       Py_INCREF(object);
       *result = object;
       return PYGEN_NEXT;
     case WaiterObject::State::cancelled:
-      PyErr_SetNone(state().cancelled_error);
+      raise_cancelled(waiter);
       break;
     case WaiterObject::State::consumed:
       PyErr_SetString(PyExc_RuntimeError, "cannot reuse an awaited operation: call again for a new one");
@@ -102,19 +84,7 @@ PyObject* waiter_send_method(PyObject* object, PyObject*) { return waiter_iterne
 
 PyObject* waiter_throw(PyObject* object, PyObject* const* args, Py_ssize_t nargs) {
   abandon(self_of(object));
-  if (nargs < 1) {
-    PyErr_SetString(PyExc_TypeError, "throw() needs an exception");
-    return nullptr;
-  }
-  PyObject* first = args[0];
-  if (PyExceptionInstance_Check(first)) {
-    PyErr_SetObject(PyExceptionInstance_Class(first), first);
-  } else if (PyExceptionClass_Check(first)) {
-    PyErr_SetObject(first, nargs > 1 && args[1] != Py_None ? args[1] : nullptr);
-  } else {
-    PyErr_SetString(PyExc_TypeError, "throw() needs an exception");
-  }
-  return nullptr;
+  return raise_thrown(args, nargs);
 }
 
 PyObject* waiter_close(PyObject* object, PyObject*) {
@@ -125,9 +95,7 @@ PyObject* waiter_close(PyObject* object, PyObject*) {
 // --- the future protocol, as asyncio's Task uses it ---------------------------------------------
 
 PyObject* waiter_get_loop(PyObject* object, PyObject*) {
-  PyObject* loop = PyWeakref_GetObject(self_of(object)->loop->weak_loop);
-  Py_INCREF(loop);
-  return loop;
+  return Py_NewRef(PyWeakref_GetObject(self_of(object)->loop->weak_loop));
 }
 
 PyObject* waiter_add_done_callback(PyObject* object, PyObject* const* args, Py_ssize_t nargs, PyObject* kwnames) {
@@ -161,22 +129,26 @@ PyObject* waiter_remove_done_callback(PyObject* object, PyObject* callback) {
 }
 
 // Task.cancel() while the task waits on us.
-PyObject* waiter_cancel(PyObject* object, PyObject*, PyObject*) {
+PyObject* waiter_cancel(PyObject* object, PyObject* args, PyObject* kwargs) {
   WaiterObject* waiter = self_of(object);
   if (waiter->state != WaiterObject::State::pending) Py_RETURN_FALSE;
+  PyObject* message = PyTuple_GET_SIZE(args) > 0 ? PyTuple_GET_ITEM(args, 0)
+                      : kwargs                   ? PyDict_GetItemString(kwargs, "msg")
+                                                 : nullptr;
+  if (message && message != Py_None) Py_XSETREF(waiter->cancel_message, Py_NewRef(message));
   abandon(waiter);
   if (waiter->callback) {
     PyObject* loop = PyWeakref_GetObject(waiter->loop->weak_loop);
     if (loop != Py_None) {
       PyObject* call_soon = PyObject_GetAttrString(loop, "call_soon");
       if (!call_soon) return nullptr;
-      PyObject* args = PyTuple_Pack(2, waiter->callback, object);
-      PyObject* kwargs = PyDict_New();
-      if (kwargs && waiter->context) PyDict_SetItemString(kwargs, "context", waiter->context);
-      PyObject* handle = args && kwargs ? PyObject_Call(call_soon, args, kwargs) : nullptr;
+      PyObject* call_args = PyTuple_Pack(2, waiter->callback, object);
+      PyObject* call_kwargs = PyDict_New();
+      if (call_kwargs && waiter->context) PyDict_SetItemString(call_kwargs, "context", waiter->context);
+      PyObject* handle = call_args && call_kwargs ? PyObject_Call(call_soon, call_args, call_kwargs) : nullptr;
       Py_DECREF(call_soon);
-      Py_XDECREF(args);
-      Py_XDECREF(kwargs);
+      Py_XDECREF(call_args);
+      Py_XDECREF(call_kwargs);
       if (!handle) return nullptr;
       Py_DECREF(handle);
     }
@@ -189,8 +161,7 @@ PyObject* waiter_cancel(PyObject* object, PyObject*, PyObject*) {
 PyObject* waiter_result(PyObject* object, PyObject*) {
   switch (self_of(object)->state) {
     case WaiterObject::State::cancelled:
-      PyErr_SetNone(state().cancelled_error);
-      return nullptr;
+      return raise_cancelled(self_of(object));
     case WaiterObject::State::pending:
       PyErr_SetString(PyExc_RuntimeError, "the result is not there yet");
       return nullptr;
@@ -211,7 +182,12 @@ PyObject* waiter_cancelled(PyObject* object, PyObject*) {
   return PyBool_FromLong(self_of(object)->state == WaiterObject::State::cancelled);
 }
 
-PyObject* get_blocking(PyObject* object, void*) { return PyBool_FromLong(self_of(object)->blocking); }
+// None says "not a future": asyncio.wait_for(permit.__aenter__(), 1) then wraps it in a task, which
+// takes the permit out of it; a future's result() would not.
+PyObject* get_blocking(PyObject* object, void*) {
+  if (!self_of(object)->yielded) Py_RETURN_NONE;
+  return PyBool_FromLong(self_of(object)->blocking);
+}
 
 int set_blocking(PyObject* object, PyObject* value, void*) {
   const int truth = value ? PyObject_IsTrue(value) : 0;
@@ -224,6 +200,7 @@ int waiter_traverse(PyObject* object, visitproc visit, void* arg) {
   WaiterObject* waiter = self_of(object);
   Py_VISIT(waiter->callback);
   Py_VISIT(waiter->context);
+  Py_VISIT(waiter->cancel_message);
   Py_VISIT(reinterpret_cast<PyObject*>(waiter->permit));
   Py_VISIT(Py_TYPE(object));
   return 0;
@@ -233,6 +210,7 @@ int waiter_clear(PyObject* object) {
   WaiterObject* waiter = self_of(object);
   Py_CLEAR(waiter->callback);
   Py_CLEAR(waiter->context);
+  Py_CLEAR(waiter->cancel_message);
   return 0;
 }
 
@@ -241,6 +219,8 @@ void waiter_dealloc(PyObject* object) {
   PyObject_GC_UnTrack(object);
   abandon(waiter);
   if (waiter->completion) waiter->completion->unref();
+  (waiter->previous ? waiter->previous->next : waiter->loop->waiters) = waiter->next;
+  if (waiter->next) waiter->next->previous = waiter->previous;
   waiter_clear(object);
   Py_XDECREF(reinterpret_cast<PyObject*>(waiter->permit));
   waiter->engine.~shared_ptr();
@@ -313,7 +293,18 @@ PyObject* ready_iternext(PyObject* object) {
   return nullptr;
 }
 
+PyObject* ready_send_method(PyObject* object, PyObject*) {
+  PyErr_SetObject(PyExc_StopIteration, reinterpret_cast<ReadyObject*>(object)->value);
+  return nullptr;
+}
+
+PyMethodDef kReadyMethods[] = {
+    {"send", ready_send_method, METH_O, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+
 PyType_Slot kReadySlots[] = {
+    {Py_tp_methods, kReadyMethods},
     {Py_tp_iter, reinterpret_cast<void*>(PyObject_SelfIter)},
     {Py_tp_iternext, reinterpret_cast<void*>(ready_iternext)},
     {Py_am_await, reinterpret_cast<void*>(PyObject_SelfIter)},
@@ -339,16 +330,54 @@ WaiterObject* new_waiter(std::shared_ptr<engine::Engine> engine, std::shared_ptr
   PyObject* object = state().waiter_type->tp_alloc(state().waiter_type, 0);
   if (!object) return nullptr;
   WaiterObject* waiter = self_of(object);
+  waiter->previous = nullptr;
+  waiter->next = loop->waiters;
+  if (waiter->next) waiter->next->previous = waiter;
+  loop->waiters = waiter;
   new (&waiter->engine) std::shared_ptr<engine::Engine>(std::move(engine));
   new (&waiter->loop) std::shared_ptr<LoopState>(std::move(loop));
   new (&waiter->convert) std::function<PyObject*(engine::Completion&)>();
   waiter->completion = nullptr;
-  waiter->callback = waiter->context = nullptr;
+  waiter->callback = waiter->context = waiter->cancel_message = nullptr;
   waiter->permit = nullptr;
   waiter->mode = Mode::none;
   waiter->state = WaiterObject::State::pending;
-  waiter->blocking = false;
+  waiter->blocking = waiter->yielded = false;
   return waiter;
+}
+
+PyObject* raise_thrown(PyObject* const* args, Py_ssize_t nargs) {
+  PyObject* first = nargs > 0 ? args[0] : nullptr;
+  if (first && PyExceptionInstance_Check(first)) {
+    PyErr_SetObject(PyExceptionInstance_Class(first), first);
+  } else if (first && PyExceptionClass_Check(first)) {
+    PyErr_SetObject(first, nargs > 1 && args[1] != Py_None ? args[1] : nullptr);
+  } else {
+    PyErr_SetString(PyExc_TypeError, "throw() needs an exception");
+  }
+  return nullptr;
+}
+
+void abandon(WaiterObject* waiter) {
+  switch (waiter->state) {
+    case WaiterObject::State::pending:
+      waiter->state = WaiterObject::State::cancelled;
+      ask_cancel(waiter);
+      if (waiter->permit) waiter->permit->phase = Phase::idle;
+      break;
+    case WaiterObject::State::done:
+      waiter->state = WaiterObject::State::consumed;
+      if (waiter->completion) {
+        give_back(*waiter->engine, waiter->completion);
+        waiter->completion->unref();
+        waiter->completion = nullptr;
+      }
+      if (waiter->permit) waiter->permit->phase = Phase::idle;
+      break;
+    case WaiterObject::State::cancelled:
+    case WaiterObject::State::consumed:
+      break;
+  }
 }
 
 void completed(WaiterObject* waiter) {
@@ -384,7 +413,8 @@ void give_back(engine::Engine& engine, engine::Completion* completion) {
   auto* task = dynamic_cast<engine::AcquireTask*>(completion);
   if (!task || task->outcome != engine::Outcome::granted) return;
   if (!task->charged_rate && !task->permit) return;
-  engine.submit(engine::GiveBack{task->limiter, task->group, task->cost, task->charged_rate, task->stamp, task->permit});
+  engine.submit(engine::GiveBack{task->limiter, task->group, task->cost, task->charged_rate,
+                                 {task->submitted + task->waited, task->stamp}, task->permit});
 }
 
 PyObject* raise_status(const Status& status, const std::string& store_id) {

@@ -43,15 +43,20 @@ void LoopTarget::deliver(Completion* completion) {
   {
     const std::lock_guard lock(mutex_);
     if (!closed_) {
-      const bool was_empty = head_ == nullptr;
-      (was_empty ? head_ : tail_->next) = completion;
-      tail_ = completion;
-      if (was_empty) signal();
+      if (append(completion)) signal();
       return;
     }
   }
-  completion->orphaned();
-  completion->unref();
+  completion->orphaned();  // may deliver others here
+  const std::lock_guard lock(mutex_);
+  append(completion);
+}
+
+bool LoopTarget::append(Completion* completion) {
+  const bool was_empty = head_ == nullptr;
+  (was_empty ? head_ : tail_->next) = completion;
+  tail_ = completion;
+  return was_empty;
 }
 
 Completion* LoopTarget::take() {
@@ -73,6 +78,12 @@ void LoopTarget::put_back(Completion* first) {
   if (!head_) tail_ = last;
   head_ = first;
   signal();
+}
+
+void LoopTarget::abandon_after_fork() {
+  if (read_fd_ >= 0) ::close(read_fd_);
+  if (write_fd_ >= 0 && write_fd_ != read_fd_) ::close(write_fd_);
+  read_fd_ = write_fd_ = -1;
 }
 
 Completion* LoopTarget::close() {

@@ -64,11 +64,15 @@ class LoopTarget final : public CompletionTarget {
   Completion* take();
   // Reader: put back what was not handled in this turn, in front, and signal again.
   void put_back(Completion* first);
-  // The loop is gone: later deliveries are orphaned at once. Returns what was left.
+  // The loop is gone: what is delivered later is orphaned at once, and kept for take() without a
+  // signal. Returns what was left.
   Completion* close();
+  // In a forked child: closes the descriptors and touches nothing else.
+  void abandon_after_fork();
 
  private:
   void signal();
+  bool append(Completion* completion);  // mutex_ held; true: it was empty
 
   std::mutex mutex_;  // guards the list and closed_
   Completion* head_ = nullptr;
@@ -82,9 +86,16 @@ class LoopTarget final : public CompletionTarget {
 class SyncTarget final : public CompletionTarget {
  public:
   void deliver(Completion* completion) override {
-    const std::lock_guard lock(mutex_);
-    delivered_ = completion;
-    ready_.notify_one();
+    {
+      const std::lock_guard lock(mutex_);
+      if (!given_up_) {
+        delivered_ = completion;
+        ready_.notify_one();
+        return;
+      }
+    }
+    completion->orphaned();
+    completion->unref();
   }
   // The completion when it came within the slice, else nullptr.
   Completion* wait(Nanos slice) {
@@ -92,10 +103,17 @@ class SyncTarget final : public CompletionTarget {
     ready_.wait_for(lock, std::chrono::nanoseconds(slice), [this] { return delivered_ != nullptr; });
     return delivered_;
   }
+  // Nobody waits any more. The completion when it came all the same, else it is orphaned later.
+  Completion* give_up() {
+    const std::lock_guard lock(mutex_);
+    given_up_ = true;
+    return delivered_;
+  }
 
  private:
-  std::mutex mutex_;  // guards delivered_
+  std::mutex mutex_;  // guards delivered_ and given_up_
   std::condition_variable ready_;
+  bool given_up_ = false;
   Completion* delivered_ = nullptr;
 };
 

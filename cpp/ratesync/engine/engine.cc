@@ -57,6 +57,7 @@ void Engine::ensure_started() {
 }
 
 bool Engine::submit(Submission submission) {
+  if (closed_) return false;  // in a forked child the mutex may be held for ever
   const std::lock_guard lock(submit_mutex_);
   if (closed_) return false;
   const bool was_empty = queue_.empty();
@@ -87,7 +88,7 @@ void Engine::run(Submission& submission) {
     void operator()(ReleasePermit& s) const { s.permit->limiter->service->release(s.permit); }
     void operator()(SlotFreed& s) const { s.limiter->service->slot_freed(s.group); }
     void operator()(GiveBack& s) const {
-      s.limiter->service->give_back(s.limiter, s.group, s.cost, s.charged, s.stamp, s.permit);
+      s.limiter->service->give_back(s.group, s.cost, s.charged, s.slot, s.permit);
     }
     void operator()(Run& s) const { s.work(); }
   };

@@ -51,10 +51,8 @@ void add(std::atomic<std::uint64_t>& counter) { counter.fetch_add(1, std::memory
 void AcquireTask::done() { limiter->service->replied(this); }
 
 void AcquireTask::fire() {
-  if (state_ == State::sleeping) {
-    limiter->service->wake(this);
-  } else if (state_ == State::waiting && !asking_) {
-    // The deadline of a waiter. One that is just asking gets the store's answer instead.
+  // One that is just asking gets the store's answer instead.
+  if (state_ == State::waiting && !asking_) {
     limiter->service->leave_waiters(this);
     why = Verdict::concurrency_full;
     limiter->service->finish(this, Outcome::refused);
@@ -62,7 +60,8 @@ void AcquireTask::fire() {
 }
 
 void AcquireTask::orphaned() {
-  limiter->service->give_back(limiter, group, cost, charged_rate, stamp, permit);
+  if (outcome == Outcome::granted)
+    limiter->service->give_back(group, cost, charged_rate, {submitted + waited, stamp}, permit);
 }
 
 void Permit::fire() { limiter->service->expire(*this); }
@@ -87,8 +86,9 @@ LimitService::GroupState& LimitService::state_of(const store::GroupRef& group) {
 }
 
 void LimitService::drop_if_idle(GroupState& group) {
-  if (!group.waiters.empty() || !group.sleepers.empty() || !group.permits.empty()) return;
+  if (!group.waiters.empty() || !group.runs.empty() || !group.permits.empty()) return;
   timers_.cancel(group);
+  timers_.cancel(group.alarm);
   groups_.erase(group.group->id);
 }
 
@@ -153,7 +153,13 @@ void LimitService::replied(AcquireTask* task) {
       if (was_waiting) leave_waiters(task);
       task->why = Verdict::rate_limited;
       task->retry_after = task->reply.retry_after;
-      return finish(task, Outcome::refused);
+      {
+        const store::GroupRef ref = task->group;
+        finish(task, Outcome::refused);
+        // The slot it was offered is still free. (Memory: slot_freed() goes on by itself.)
+        if (was_waiting && shared_) slot_freed(ref->id);
+      }
+      return;
     case Verdict::concurrency_full:
       if (task->deadline <= now) {
         if (was_waiting) leave_waiters(task);
@@ -169,7 +175,8 @@ void LimitService::replied(AcquireTask* task) {
 PermitRef LimitService::hold(AcquireTask* task) {
   if (task->reply.holder == 0) return nullptr;
   auto permit = std::make_shared<Permit>(task->limiter, task->group, task->reply.holder);
-  state_of(task->group).permits.push_back(permit);
+  auto& permits = state_of(task->group).permits;
+  permit->place = permits.insert(permits.end(), permit);
   task->limiter->counters.held.fetch_add(1, std::memory_order_relaxed);
   const Nanos max_hold = task->limiter->policy.max_hold;
   if (max_hold != kForever) timers_.arm(*permit, timers_.now() + max_hold);
@@ -186,46 +193,99 @@ void LimitService::granted(AcquireTask* task) {
   Nanos until = saturating_add(now, task->reply.wait);
   until = std::min(until, std::max(now, task->deadline));
   if (until <= now) return finish(task, Outcome::granted);
-  task->state_ = AcquireTask::State::sleeping;
-  task->slot_ = until;
-  GroupState& group = state_of(task->group);
-  auto place = group.sleepers.end();
-  while (place != group.sleepers.begin() && (*std::prev(place))->slot_ > until) --place;
-  task->place_ = group.sleepers.insert(place, task);
-  ++waiting_;
-  timers_.arm(*task, until);
+  sleep(task, until);
 }
 
 // --- waiting for a rate slot --------------------------------------------------------------------
 
-void LimitService::wake(AcquireTask* task) {
+void LimitService::sleep(AcquireTask* task, Nanos until) {
   GroupState& group = state_of(task->group);
-  group.sleepers.erase(task->place_);
-  --waiting_;
+  // Usually the last run goes on. A slot before its last one (units were given back meanwhile) stays
+  // with this task, whose deadline may not allow a later one.
+  auto run = group.runs.empty() ? group.runs.end() : std::prev(group.runs.end());
+  if (run == group.runs.end() || run->cost != task->cost || run->slots.back().at > until)
+    run = group.runs.insert(group.runs.end(), SleeperRun{task->cost, {}, {}});
+  task->state_ = AcquireTask::State::sleeping;
+  task->run_ = run;
+  task->place_ = run->sleepers.insert(run->sleepers.end(), task);
+  run->slots.push_back({until, task->stamp});
+  ++waiting_;
+  if (until < group.alarm_at) set_alarm(group);
+}
+
+void LimitService::set_alarm(GroupState& group) {
+  Nanos earliest = kForever;
+  for (const SleeperRun& run : group.runs) earliest = std::min(earliest, run.slots.front().at);
+  if (earliest == group.alarm_at) return;
+  group.alarm_at = earliest;
+  if (earliest == kForever) return timers_.cancel(group.alarm);
+  timers_.arm(group.alarm, earliest);
+}
+
+void LimitService::due(GroupState& group) {
+  const Nanos now = timers_.now();
+  group.alarm_at = kForever;
+  std::vector<AcquireTask*> ready;
+  for (auto run = group.runs.begin(); run != group.runs.end();) {
+    while (!run->slots.empty() && run->slots.front().at <= now) {
+      AcquireTask* task = run->sleepers.front();
+      task->stamp = run->slots.front().stamp;
+      ready.push_back(task);
+      run->sleepers.pop_front();
+      run->slots.pop_front();
+    }
+    run = run->slots.empty() ? group.runs.erase(run) : std::next(run);
+  }
+  waiting_ -= ready.size();
+  set_alarm(group);
   drop_if_idle(group);
-  finish(task, Outcome::granted);
+  for (AcquireTask* task : ready) finish(task, Outcome::granted);
 }
 
 void LimitService::leave_sleepers(AcquireTask* task) {
   GroupState& group = state_of(task->group);
-  timers_.cancel(*task);
-  // Everybody behind moves up by one slot, as long as they cost the same; the last slot that
-  // nobody wants any more goes back to the store, if it is still the newest deal there.
-  auto next = std::next(task->place_);
-  Nanos free_slot = task->slot_;
-  std::int64_t last_stamp = task->stamp;
-  for (; next != group.sleepers.end() && (*next)->cost == task->cost; ++next) {
-    AcquireTask* follower = *next;
-    std::swap(follower->slot_, free_slot);
-    last_stamp = std::max(last_stamp, follower->stamp);
-    timers_.arm(*follower, follower->slot_);
-  }
-  group.sleepers.erase(task->place_);
+  SleeperRun& run = *task->run_;
+  const RateSlot last = run.slots.back();
+  run.slots.pop_back();
+  run.sleepers.erase(task->place_);
   --waiting_;
-  const std::int64_t stamp = limits().refund(task->group, task->cost, last_stamp);
-  for (AcquireTask* other : group.sleepers)
-    if (other->stamp == last_stamp) other->stamp = stamp;
+  refund(task->group, task->cost, last.stamp);
+  if (!run.slots.empty()) return;
+  group.runs.erase(task->run_);
+  set_alarm(group);
   drop_if_idle(group);
+}
+
+// A slot whose owner does not want it goes to the next sleeper of the same cost, and so on; the last
+// one goes back to the store.
+void LimitService::pass_on(const store::GroupRef& ref, std::int64_t cost, RateSlot slot) {
+  GroupState* group = find(ref->id);
+  const Nanos now = timers_.now();
+  SleeperRun* next = nullptr;
+  // Used much later than dealt, it would come on top of the slots that follow it.
+  if (group && slot.at >= now - ref->pace.margin) {
+    for (SleeperRun& run : group->runs) {
+      if (run.slots.back().at <= slot.at) continue;
+      if (run.cost == cost) next = &run;
+      break;
+    }
+  }
+  if (!next) return refund(ref, cost, slot.stamp);
+  next->slots.insert(std::upper_bound(next->slots.begin(), next->slots.end(), slot.at,
+                                      [](Nanos at, const RateSlot& other) { return at < other.at; }),
+                     slot);
+  const RateSlot last = next->slots.back();
+  next->slots.pop_back();
+  refund(ref, cost, last.stamp);
+  if (next->slots.front().at <= now) return due(*group);
+  if (next->slots.front().at < group->alarm_at) set_alarm(*group);
+}
+
+void LimitService::refund(const store::GroupRef& ref, std::int64_t cost, std::int64_t stamp) {
+  GroupState* group = find(ref->id);
+  const std::int64_t asked = group && group->refunded.from == stamp ? group->refunded.to : stamp;
+  const std::int64_t left = limits().refund(ref, cost, asked);
+  if (group && left != asked) group->refunded = {stamp, left};
 }
 
 // --- waiting for a concurrency slot -------------------------------------------------------------
@@ -252,6 +312,7 @@ void LimitService::leave_waiters(AcquireTask* task) {
   group.waiters.erase(task->place_);
   --waiting_;
   waiters_changed(group);
+  if (!group.waiters.empty()) plan_poll(group);  // whoever is left must not depend on the one that left
   drop_if_idle(group);
 }
 
@@ -291,24 +352,55 @@ void LimitService::slot_freed(const std::string& id) {
   GroupState* group = find(id);
   if (!group || group->waiters.empty()) return;
   group->poll_delay = 0;
-  ask(*group, 1);
+  if (shared_) return ask(*group, 1);
+  // Answered inside the call. Whoever leaves refused, because the rate does not suit its deadline,
+  // leaves the slot to those behind; so it goes on until the store says full.
+  for (std::size_t before = group->waiters.size() + 1; group && !group->waiters.empty() && group->waiters.size() < before;
+       group = find(id)) {
+    before = group->waiters.size();
+    ask(*group, 1);
+  }
+}
+
+void LimitService::was_reset(const std::string& id) {
+  GroupState* group = find(id);
+  if (!group) return;
+  // Their slots were dealt from what is forgotten now; who comes anew must not overtake them.
+  std::vector<AcquireTask*> sleepers;
+  for (const SleeperRun& run : group->runs) sleepers.insert(sleepers.end(), run.sleepers.begin(), run.sleepers.end());
+  group->runs.clear();
+  group->refunded = {};
+  waiting_ -= sleepers.size();
+  set_alarm(*group);
+  for (AcquireTask* task : sleepers) {
+    task->state_ = AcquireTask::State::created;
+    task->charged_rate = false;
+    if (task->permit) let_go(std::exchange(task->permit, nullptr));
+    task->reply = {};
+    send(task);
+  }
+  slot_freed(id);
 }
 
 // --- slots held ---------------------------------------------------------------------------------
 
 void LimitService::release(const PermitRef& permit) {
   if (!permit->live) return;
+  const store::GroupRef group = permit->group;
+  let_go(permit);
+  slot_freed(group->id);
+}
+
+void LimitService::let_go(const PermitRef& permit) {
   permit->live = false;
   timers_.cancel(*permit);
-  Counters& counters = permit->limiter->counters;
-  counters.held.fetch_sub(1, std::memory_order_relaxed);
-  const std::string id = permit->group->id;
-  if (GroupState* group = find(id)) {
-    group->permits.remove(permit);
+  permit->limiter->counters.held.fetch_sub(1, std::memory_order_relaxed);
+  if (GroupState* group = find(permit->group->id)) {
+    const PermitRef keep = permit;  // `permit` may be the list's
+    group->permits.erase(keep->place);
     drop_if_idle(*group);
   }
   limits().release(permit->group, permit->holder);
-  slot_freed(id);
 }
 
 void LimitService::expire(Permit& permit) {
@@ -345,16 +437,17 @@ void LimitService::lost(const std::string& id, store::HolderId holder) {
 // --- giving back --------------------------------------------------------------------------------
 
 void LimitService::return_grant(AcquireTask* task) {
-  if (task->group->params.has_rate()) limits().refund(task->group, task->cost, task->reply.stamp);
+  if (task->group->params.has_rate())
+    pass_on(task->group, task->cost, {saturating_add(timers_.now(), task->reply.wait), task->reply.stamp});
   if (task->reply.holder != 0) {
     limits().release(task->group, task->reply.holder);
     slot_freed(task->group->id);
   }
 }
 
-void LimitService::give_back(const LimiterRef&, const store::GroupRef& group, std::int64_t cost, bool charged,
-                             std::int64_t stamp, const PermitRef& permit) {
-  if (charged) limits().refund(group, cost, stamp);
+void LimitService::give_back(const store::GroupRef& group, std::int64_t cost, bool charged, RateSlot slot,
+                             const PermitRef& permit) {
+  if (charged) pass_on(group, cost, slot);
   if (permit) release(permit);
 }
 
@@ -481,7 +574,7 @@ void LimitService::shutdown() {
     timers_.cancel(*group);
     for (AcquireTask* task : group->waiters)
       if (!task->asking_) all.push_back(task);
-    all.insert(all.end(), group->sleepers.begin(), group->sleepers.end());
+    for (const SleeperRun& run : group->runs) all.insert(all.end(), run.sleepers.begin(), run.sleepers.end());
     permits.insert(permits.end(), group->permits.begin(), group->permits.end());
   }
   for (AcquireTask* task : all) {

@@ -11,11 +11,13 @@
 //
 // A cancel is decided here, whatever the state: not sent - taken back; sent - the answer is read
 // and what it grants is given back; sleeping - the slot goes to the next sleeper, and the last one
-// is refunded; finished - the reader of the completion gives back.
+// is refunded; finished - the reader of the completion gives back, and the next sleeper gets it
+// if it is not too late.
 #pragma once
 
 #include <atomic>
 #include <deque>
+#include <limits>
 #include <list>
 #include <memory>
 #include <random>
@@ -76,7 +78,9 @@ class Permit final : public TimerNode {
   const store::GroupRef group;  // the limiter's, or that of a key
   const store::HolderId holder;
   std::atomic<bool> lost{false};
-  bool live = true;  // I/O thread: still counted as held
+  // I/O thread:
+  bool live = true;                                    // still counted as held
+  std::list<std::shared_ptr<Permit>>::iterator place;  // among the permits of its group
 };
 using PermitRef = std::shared_ptr<Permit>;
 
@@ -88,13 +92,30 @@ enum class Outcome {
   cancelled,
 };
 
+class AcquireTask;
+
+// A moment that was dealt to this process, and what the store needs to take it back.
+struct RateSlot {
+  Nanos at;
+  std::int64_t stamp;
+};
+
+// Sleepers of one cost in order of arrival, and the slots dealt to them: the i-th sleeper goes at
+// the i-th slot. So one that leaves moves everybody behind it up, by giving the last slot away:
+// O(1), where shifting each follower takes seconds when 10,000 are cancelled at once.
+struct SleeperRun {
+  std::int64_t cost;
+  std::list<AcquireTask*> sleepers;
+  std::deque<RateSlot> slots;  // never decreasing
+};
+
 class AcquireTask final : public Completion, public store::AcquireOp, public TimerNode {
  public:
   enum class State { created, in_store, waiting, sleeping, finished };
 
   explicit AcquireTask(LimiterRef owner) : limiter(std::move(owner)) {}
   void done() override;      // from the store
-  void fire() override;      // slot reached, or deadline of a waiter
+  void fire() override;      // deadline of a waiter
   void orphaned() override;  // nobody reads the result
 
   // in (set before submit)
@@ -120,8 +141,8 @@ class AcquireTask final : public Completion, public store::AcquireOp, public Tim
   bool asking_ = false;     // a waiter whose question is in the store
   bool given_up_ = false;   // cancelled or failed while the store still has it
   Nanos sent_ = 0;
-  Nanos slot_ = 0;          // sleeping: when it may go
-  std::list<AcquireTask*>::iterator place_;    // in waiters or sleepers of its group
+  std::list<AcquireTask*>::iterator place_;    // in the waiters of its group or the sleepers of its run
+  std::list<SleeperRun>::iterator run_;        // while sleeping
   std::list<AcquireTask*>::iterator pending_;  // in LimitService::in_store_
 };
 
@@ -132,11 +153,12 @@ class LimitService final : public TimerNode {
   void start(AcquireTask* task);   // takes over one reference
   void cancel(AcquireTask* task, Outcome outcome = Outcome::cancelled);  // borrowed
   void release(const PermitRef& permit);
-  // Gives back what a delivered result granted and nobody wants.
-  void give_back(const LimiterRef& limiter, const store::GroupRef& group, std::int64_t cost, bool charged,
-                 std::int64_t stamp, const PermitRef& permit);
-  // A slot of the group became free by another way (memory's fast path, reset).
+  // Gives back what a delivered result granted, at `slot`, and nobody wants.
+  void give_back(const store::GroupRef& group, std::int64_t cost, bool charged, RateSlot slot, const PermitRef& permit);
+  // A slot of the group became free by another way (memory's fast path).
   void slot_freed(const std::string& group);
+  // The store forgot what was consumed: everybody who waits asks again, in order.
+  void was_reset(const std::string& group);
   // Everything under way is answered with Code::closed; held slots are given back.
   void shutdown();
   void fire() override;  // outage check
@@ -150,14 +172,28 @@ class LimitService final : public TimerNode {
   friend class AcquireTask;
   friend class Permit;
 
+  struct RefundChain {
+    std::int64_t from = std::numeric_limits<std::int64_t>::min();
+    std::int64_t to = 0;
+  };
   // What is remembered of a group while somebody waits or holds.
   struct GroupState final : TimerNode {
-    GroupState(LimitService* owner, store::GroupRef ref) : service(owner), group(std::move(ref)) {}
+    // Rings when the earliest sleeper may go.
+    struct Alarm final : TimerNode {
+      explicit Alarm(GroupState* owner) : group(owner) {}
+      void fire() override { group->service->due(*group); }
+      GroupState* group;
+    };
+    GroupState(LimitService* owner, store::GroupRef ref) : service(owner), group(std::move(ref)), alarm(this) {}
     void fire() override { service->poll(*this); }
     LimitService* service;
     store::GroupRef group;
-    std::list<AcquireTask*> waiters;   // for a slot, first come first
-    std::list<AcquireTask*> sleepers;  // for their rate slot's time
+    Alarm alarm;
+    Nanos alarm_at = kForever;
+    std::list<AcquireTask*> waiters;  // for a slot, first come first
+    std::list<SleeperRun> runs;       // for their rate slot's time
+    // The last refund: who asks with the first stamp, dealt by the same batch, continues at the second.
+    RefundChain refunded;
     std::list<PermitRef> permits;
     std::size_t asking = 0;
     Nanos poll_delay = 0;
@@ -176,13 +212,18 @@ class LimitService final : public TimerNode {
   void plan_poll(GroupState& group);
   void waiters_changed(GroupState& group);
   void leave_waiters(AcquireTask* task);
-  void wake(AcquireTask* task);
+  void sleep(AcquireTask* task, Nanos until);
+  void due(GroupState& group);
+  void set_alarm(GroupState& group);
   void leave_sleepers(AcquireTask* task);
+  void pass_on(const store::GroupRef& group, std::int64_t cost, RateSlot slot);
+  void refund(const store::GroupRef& group, std::int64_t cost, std::int64_t stamp);
   void lost(const std::string& group, store::HolderId holder);
   void outage(AcquireTask* task, Status status);
   void finish(AcquireTask* task, Outcome outcome);
   void return_grant(AcquireTask* task);
   PermitRef hold(AcquireTask* task);
+  void let_go(const PermitRef& permit);
   void expire(Permit& permit);
   void arm_outage_check();
   Nanos jittered(Nanos base);

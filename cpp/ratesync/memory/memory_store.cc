@@ -6,6 +6,21 @@ namespace ratesync::memory {
 
 using store::Verdict;
 
+namespace {
+
+// No deal and no charge reaches further ahead than this (63 years), whatever is asked for: the sums
+// stay far from overflow, where a limit would turn into none.
+constexpr Nanos kMaxAhead = 2 * limits::kMaxHorizon;
+
+bool give_slot_back(Cell& cell, store::HolderId holder) {
+  if (holder != cell.epoch || cell.active == 0) return false;  // forgotten by a reset
+  --cell.active;
+  ++cell.version;
+  return cell.waiters > 0;
+}
+
+}  // namespace
+
 QuickReply MemoryStore::try_now(const store::Group& group, std::int64_t cost) {
   Shard& shard = shard_of(group.id);
   const Nanos now = clock_.now();
@@ -24,24 +39,21 @@ Cell& MemoryStore::cell_of(Shard& shard, std::string_view group) {
     // Looking again only after the survivors have doubled keeps the sweep O(1) per insertion.
     shard.sweep_at = std::max<std::size_t>(1024, 2 * shard.cells.size());
   }
-  return shard.cells.emplace(std::string(group), Cell{}).first->second;
+  Cell& cell = shard.cells.emplace(std::string(group), Cell{}).first->second;
+  cell.epoch = epoch_.load(std::memory_order_relaxed);
+  return cell;
 }
 
-bool MemoryStore::release_slot(Shard& shard, Cell& cell) {
+bool MemoryStore::release_slot(Shard& shard, Cell& cell, store::HolderId holder) {
   const std::lock_guard lock(shard.mutex);
-  if (cell.active > 0) --cell.active;
-  ++cell.version;
-  return cell.waiters > 0;
+  return give_slot_back(cell, holder);
 }
 
-bool MemoryStore::release_slot(std::string_view group) {
+bool MemoryStore::release_slot(std::string_view group, store::HolderId holder) {
   Shard& shard = shard_of(group);
   const std::lock_guard lock(shard.mutex);
   auto it = shard.cells.find(group);
-  if (it == shard.cells.end()) return false;
-  if (it->second.active > 0) --it->second.active;
-  ++it->second.version;
-  return it->second.waiters > 0;
+  return it != shard.cells.end() && give_slot_back(it->second, holder);
 }
 
 Pin MemoryStore::pin(const std::string& group) {
@@ -88,7 +100,7 @@ void MemoryStore::acquire(store::AcquireOp* op) {
     if (params.has_concurrency() && cell.active >= params.max_concurrent) {
       reply.verdict = Verdict::concurrency_full;
     } else if (params.has_rate()) {
-      const Nanos max_wait = op->deadline == kForever ? kForever : std::max<Nanos>(0, op->deadline - now);
+      const Nanos max_wait = std::clamp<Nanos>(op->deadline - now, 0, kMaxAhead);
       const limits::Deal dealt = limits::deal(params, cell.tat, now, 1, op->cost, max_wait);
       if (dealt.granted == 0) {
         reply.verdict = Verdict::rate_limited;
@@ -103,7 +115,7 @@ void MemoryStore::acquire(store::AcquireOp* op) {
     if (reply.verdict == Verdict::granted) {
       if (params.has_concurrency()) {
         ++cell.active;
-        reply.holder = 1;
+        reply.holder = cell.epoch;
         if (!params.has_rate()) reply.remaining = params.max_concurrent - cell.active;
       }
       ++cell.version;
@@ -131,7 +143,8 @@ void MemoryStore::settle(const store::GroupRef& group, std::int64_t delta, store
     const std::lock_guard lock(shard.mutex);
     Cell& cell = cell_of(shard, group->id);
     const Nanos shift = limits::span(group->params, std::abs(delta));
-    cell.tat = delta > 0 ? std::max(cell.tat, now) + shift : cell.tat - shift;
+    // Down to the past at most: units that were never charged cannot be saved up.
+    cell.tat = delta > 0 ? std::min(std::max(cell.tat, now) + shift, now + kMaxAhead) : std::max<Nanos>(cell.tat - shift, 0);
     ++cell.version;
   }
   done(store::Unit{});
@@ -167,6 +180,7 @@ void MemoryStore::reset(const store::GroupRef& group, store::Callback<store::Uni
     if (auto it = shard.cells.find(group->id); it != shard.cells.end()) {
       it->second.tat = 0;
       it->second.active = 0;
+      it->second.epoch = epoch_.fetch_add(1, std::memory_order_relaxed) + 1;
       ++it->second.version;
     }
   }

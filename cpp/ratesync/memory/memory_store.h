@@ -6,6 +6,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -25,6 +26,9 @@ struct Cell {
   std::int32_t waiters = 0;  // queued in engine/ for a slot: nobody may overtake them
   std::int32_t pins = 0;     // bound limiters that keep a pointer
   std::int32_t version = 0;
+  // Slots are held under this number; a reset changes it, so that a slot from before, released
+  // after, does not free one that somebody else holds by then.
+  store::HolderId epoch = 1;
 };
 
 struct Shard {
@@ -67,6 +71,7 @@ struct QuickReply {
   store::Verdict why = store::Verdict::granted;
   Nanos retry_after = 0;
   Nanos now = 0;
+  store::HolderId holder = 0;  // to be named in release_slot()
 };
 
 class MemoryStore final : public store::Store, public store::LimitStore {
@@ -81,8 +86,8 @@ class MemoryStore final : public store::Store, public store::LimitStore {
   }
   QuickReply try_now(const store::Group& group, std::int64_t cost);
   // Any thread. True: somebody waits in engine/ and has to be told.
-  bool release_slot(Shard& shard, Cell& cell);
-  bool release_slot(std::string_view group);
+  bool release_slot(Shard& shard, Cell& cell, store::HolderId holder);
+  bool release_slot(std::string_view group, store::HolderId holder);
   Pin pin(const std::string& group);
   // I/O thread: how many wait for a slot of this group.
   void set_waiters(const std::string& group, std::int32_t waiters);
@@ -105,7 +110,7 @@ class MemoryStore final : public store::Store, public store::LimitStore {
   // LimitStore; all of these may be called on any thread.
   void acquire(store::AcquireOp* op) override;
   bool abandon(store::AcquireOp*) override { return false; }
-  void release(const store::GroupRef& group, store::HolderId) override { release_slot(group->id); }
+  void release(const store::GroupRef& group, store::HolderId holder) override { release_slot(group->id, holder); }
   std::int64_t refund(const store::GroupRef& group, std::int64_t cost, std::int64_t stamp) override;
   void settle(const store::GroupRef& group, std::int64_t delta, store::Callback<store::Unit> done) override;
   void peek(const store::GroupRef& group, store::Callback<store::Peek> done) override;
@@ -122,19 +127,20 @@ class MemoryStore final : public store::Store, public store::LimitStore {
 
   const Clock& clock_;
   std::array<Shard, kShards> shards_;
+  std::atomic<store::HolderId> epoch_{1};  // of the newest reset
 };
 
 inline QuickReply MemoryStore::decide_now(Cell& cell, const store::Group& group, std::int64_t cost, Nanos now) {
   const limits::Params& params = group.params;
   if (params.has_concurrency() && (cell.active >= params.max_concurrent || cell.waiters > 0))
-    return {Quick::refused, store::Verdict::concurrency_full, 0, now};
+    return {Quick::refused, store::Verdict::concurrency_full, 0, now, 0};
   if (params.has_rate()) {
     const Nanos wait = limits::take_now(params, group.pace, &cell.tat, now, cost);
-    if (wait > 0) return {Quick::refused, store::Verdict::rate_limited, wait, now};
+    if (wait > 0) return {Quick::refused, store::Verdict::rate_limited, wait, now, 0};
   }
   if (params.has_concurrency()) ++cell.active;
   ++cell.version;
-  return {Quick::granted, store::Verdict::granted, 0, now};
+  return {Quick::granted, store::Verdict::granted, 0, now, cell.epoch};
 }
 
 }  // namespace ratesync::memory
