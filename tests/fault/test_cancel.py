@@ -139,7 +139,7 @@ async def test_a_cancel_at_any_step_leaves_the_store_as_if_it_had_never_asked(ri
     first.release()
     await rig.settle()
     # uvloop polls before it runs what was called soon: there the victim enters just before the cancel.
-    if order == ["victim"]:
+    if "victim" in order:
         assert name in ("after_it_entered", "with_completion_and_cancel_in_one_turn")
         # Its unit is used up; the next one is due a second later.
         await rig.settle(1)

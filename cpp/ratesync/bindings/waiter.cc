@@ -82,13 +82,20 @@ PyObject* waiter_iternext(PyObject* object) {
 
 PyObject* waiter_send_method(PyObject* object, PyObject*) { return waiter_iternext(object); }
 
+// The awaiting code is leaving: nobody is to be woken.
+void give_up(WaiterObject* waiter) {
+  abandon(waiter);
+  Py_CLEAR(waiter->callback);
+  Py_CLEAR(waiter->context);
+}
+
 PyObject* waiter_throw(PyObject* object, PyObject* const* args, Py_ssize_t nargs) {
-  abandon(self_of(object));
+  give_up(self_of(object));
   return raise_thrown(args, nargs);
 }
 
 PyObject* waiter_close(PyObject* object, PyObject*) {
-  abandon(self_of(object));
+  give_up(self_of(object));
   Py_RETURN_NONE;
 }
 
