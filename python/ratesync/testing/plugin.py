@@ -73,12 +73,20 @@ def ratesync_postgres_server() -> Iterator[PostgresServer | ExternalPostgres]:
 def ratesync_postgres_url(
     ratesync_postgres_server: PostgresServer | ExternalPostgres, request: pytest.FixtureRequest
 ) -> Iterator[str]:
-    """The URL of an empty database, made for this test. The server's log is shown when the test fails."""
+    """The URL of an empty database, made for this test. The server's log is shown when the test fails.
+
+    The engine is stopped before the database goes, whatever the order of the fixtures.
+    """
+    import ratesync
+
+    mark = ratesync_postgres_server.log_size()
     url = ratesync_postgres_server.create_database()
     yield url
+    log = ratesync_postgres_server.log(since=mark)
+    ratesync.shutdown()
     ratesync_postgres_server.drop_database(url)
-    if request.node.stash.get(_FAILED, False):
-        print(f"--- log of the PostgreSQL server\n{ratesync_postgres_server.log()}")
+    if request.node.stash.get(_FAILED, False) and log:
+        print(f"--- log of the PostgreSQL server\n{log}")
 
 
 @pytest.fixture

@@ -117,9 +117,13 @@ class ExternalPostgres(_Databases):
         path = parts.path if database is None else f"/{database}"
         return urlunsplit((parts.scheme, netloc, path, parts.query, parts.fragment))
 
-    def log(self, lines: int = 40) -> str:
+    def log(self, lines: int = 40, since: int = 0) -> str:
         """Nothing: the log is elsewhere."""
         return ""
+
+    def log_size(self) -> int:
+        """Nothing: the log is elsewhere."""
+        return 0
 
     def close(self) -> None:
         """Nothing: the server is not ours."""
@@ -155,6 +159,7 @@ class PostgresServer(_Databases):
             "max_connections": 200,
             "shared_buffers": "64MB",
             "log_line_prefix": "%m [%p] ",
+            "log_checkpoints": "off",
             "timezone": "UTC",
         }
         if not durable:
@@ -299,10 +304,16 @@ class PostgresServer(_Databases):
         """Whether the server process lives."""
         return self._process is not None and self._process.poll() is None
 
-    def log(self, lines: int = 40) -> str:
-        """The end of the server's log."""
+    def log(self, lines: int = 40, since: int = 0) -> str:
+        """The end of the server's log, of what came after it had `since` bytes."""
         path = self._directory() / "log"
-        return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) if path.exists() else ""
+        text = path.read_bytes()[since:].decode(errors="replace") if path.exists() else ""
+        return "\n".join(text.splitlines()[-lines:])
+
+    def log_size(self) -> int:
+        """Bytes in the server's log, for `log(since=...)`."""
+        path = self._directory() / "log"
+        return path.stat().st_size if path.exists() else 0
 
     # Inside ---------------------------------------------------------------------------------------
 
