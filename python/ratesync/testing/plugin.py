@@ -103,12 +103,11 @@ def ratesync_proxy(ratesync_postgres_url: str) -> Iterator[TcpProxy]:
 
 def _asyncpg_fixture() -> Any:
     async def ratesync_asyncpg(ratesync_postgres_url: str) -> AsyncIterator[Any]:
-        """An asyncpg connection to the test's database: a witness of what is really stored."""
+        """An asyncpg pool on the test's database (fetchval, execute, acquire): a witness of what is stored."""
         import asyncpg
 
-        connection = await asyncpg.connect(ratesync_postgres_url)
-        yield connection
-        await connection.close()
+        async with asyncpg.create_pool(ratesync_postgres_url, min_size=1, max_size=4) as pool:
+            yield pool
 
     try:
         import pytest_asyncio
