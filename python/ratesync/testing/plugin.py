@@ -103,7 +103,7 @@ def ratesync_proxy(ratesync_postgres_url: str) -> Iterator[TcpProxy]:
 
 def _asyncpg_fixture() -> Any:
     async def ratesync_asyncpg(ratesync_postgres_url: str) -> AsyncIterator[Any]:
-        """An asyncpg pool on the test's database (fetchval, execute, acquire): a witness of what is stored."""
+        """An asyncpg pool on the test's database (fetchval, execute, ...): a witness of what is stored."""
         import asyncpg
 
         async with asyncpg.create_pool(ratesync_postgres_url, min_size=1, max_size=4) as pool:
