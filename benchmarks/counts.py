@@ -1,17 +1,20 @@
 """Counts: statements and round trips per acquisition, exact, and a gate: exit status 1 when one is exceeded.
 
 Counted on both sides: by our store (`Store.stats`), and by the server's `pg_stat_statements`, read over an
-asyncpg connection, which sees every statement whoever sent it. No clock decides anything here.
+asyncpg connection, which sees every statement whoever sent it.
 
 Traps avoided: statistics that the server reports late (pg_stat_database) are not used; the statements that
 set up a connection are kept out by warming up, and the two counts have to be equal afterwards, so neither
-can hide work from the other; "cancelled before it was sent" is made certain by a row lock, not by luck.
+can hide work from the other; "cancelled before it was sent" and "arrived during a trip" are made certain by
+a row lock, not by luck. How many travel together in a free-running loop depends on how fast the server
+answers: that count is reported beside the others and gates nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
 from urllib.parse import urlsplit
 
 import asyncpg
@@ -105,8 +108,9 @@ async def _run(started: pg.PostgresServer, repeats: int) -> Report:
     async def once() -> None:
         await acquire("hot")
 
-    async def given_up() -> None:
-        # The row is locked, so the first call waits at the server, and the others behind it in our queue.
+    @contextlib.asynccontextmanager
+    async def one_at_the_server() -> AsyncIterator[None]:
+        # The row is locked, so the first call waits at the server, and what follows behind it in our queue.
         async with blocker.transaction():
             await blocker.execute("SELECT 1 FROM rate_limiter_state WHERE group_id = 'hot' FOR UPDATE")
             first = asyncio.create_task(once())
@@ -114,12 +118,22 @@ async def _run(started: pg.PostgresServer, repeats: int) -> Report:
                 "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
             ):
                 await asyncio.sleep(0)
-            others = [asyncio.create_task(once()) for _ in range(100)]  # type: ignore[arg-type]
+            yield
+        await first
+
+    async def waiting() -> None:
+        async with one_at_the_server():
+            others = [asyncio.create_task(once()) for _ in range(999)]
+            await asyncio.sleep(0)
+        await asyncio.gather(*others)
+
+    async def given_up() -> None:
+        async with one_at_the_server():
+            others = [asyncio.create_task(once()) for _ in range(100)]
             await asyncio.sleep(0)
             for task in others:
                 task.cancel()
             await asyncio.gather(*others, return_exceptions=True)
-        await first
 
     # Connections of all lanes, prepared statements, schema.
     await lone()
@@ -131,6 +145,7 @@ async def _run(started: pg.PostgresServer, repeats: int) -> Report:
         "100 lone acquires": await books.of("hot", lone),
         "100 lone tries that are refused": await books.of("spent", refused),
         f"1,000 tasks, {1000 * repeats:,} acquires": await books.of("hot", crowd),
+        "1 acquire sent, 999 arrive meanwhile": await books.of("hot", waiting),
         "1 acquire sent, 100 cancelled before": await books.of("hot", given_up),
         "100 lone acquires and releases of a slot": await books.of("slots", slots),
     }
@@ -144,12 +159,12 @@ async def _run(started: pg.PostgresServer, repeats: int) -> Report:
             for name, c in counted.items()
         ],
     )
-    one, refusal, many, cancelled, _ = counted.values()
+    one, refusal, running, many, cancelled, _ = counted.values()
     goals = [
         Goal("round trips of one acquire", one.trips / one.grants, 1),
         Goal("statements of one acquire", one.seen / one.grants, 1),
         Goal("round trips of one refusal", refusal.trips / 100, 1),
-        Goal("1,000 tasks: statements per grant", many.seen / many.grants, 0.02),
+        Goal("1,000 tasks that arrive during a trip: statements per grant", many.seen / many.grants, 0.02),
         Goal("round trips of 100 cancelled acquires", cancelled.trips - 1, 0),
         Goal("grants charged for 100 cancelled acquires", cancelled.grants - 1, 0),
         *(
@@ -159,6 +174,7 @@ async def _run(started: pg.PostgresServer, repeats: int) -> Report:
     ]
     for goal in goals:
         goal.gated = True
+    goals.append(Goal("1,000 tasks in a loop: statements per grant", running.seen / running.grants, 0.02))
     await ratesync.get_store("db").close()
     data = {name: vars(c) for name, c in counted.items()}
     data["provenance"] = [await asyncio.to_thread(pg.server_version, started)]  # type: ignore[assignment]
