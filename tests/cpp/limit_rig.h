@@ -101,11 +101,13 @@ class Schema {
   }
   // Exactly what the documentation tells people to run.
   void create_seed_table(const std::string& of = "rate_limiter_state") const {
-    Witness().script("CREATE TABLE " + table(of) +
-                     " (group_id VARCHAR(255) PRIMARY KEY, last_acquisition_at TIMESTAMPTZ NOT NULL,"
-                     " version INTEGER NOT NULL DEFAULT 1, current_concurrent INTEGER NOT NULL DEFAULT 0,"
-                     " created_at TIMESTAMPTZ NOT NULL DEFAULT NOW(), updated_at TIMESTAMPTZ NOT NULL DEFAULT NOW());"
-                     "CREATE INDEX idx_rate_limiter_state_updated ON " + table(of) + " (updated_at)");
+    Witness().script(
+        "CREATE TABLE " + table(of) +
+        " (group_id VARCHAR(255) PRIMARY KEY, last_acquisition_at TIMESTAMPTZ NOT NULL,"
+        " version INTEGER NOT NULL DEFAULT 1, current_concurrent INTEGER NOT NULL DEFAULT 0,"
+        " created_at TIMESTAMPTZ NOT NULL DEFAULT NOW(), updated_at TIMESTAMPTZ NOT NULL DEFAULT NOW());"
+        "CREATE INDEX idx_rate_limiter_state_updated ON " +
+        table(of) + " (updated_at)");
   }
 
   const std::string name;
@@ -172,7 +174,8 @@ class Process {
     return *out;
   }
   // Blocks for one answer. kForever: wait for any slot; 0: try once.
-  store::AcquireReply acquire(const store::GroupRef& group, Nanos patience = kForever, std::int64_t cost = 1) {
+  store::AcquireReply acquire(const store::GroupRef& group, Nanos patience = kForever,
+                              std::int64_t cost = 1) {
     Request request;
     request.group = group;
     request.cost = cost;

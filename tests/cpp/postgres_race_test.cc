@@ -36,8 +36,8 @@ TEST(PostgresRace, GrantsOfTwoProcessesAddUpExactly) {
   });
   ASSERT_EQ(granted, 2 * kRounds * kEach);
   // One slot each millisecond from the first on, none dealt twice.
-  EXPECT_EQ(witness.value("SELECT (last_acquisition_at >= '" + before + "'::timestamptz + interval '1.999 s')::text FROM " +
-                          schema.table()),
+  EXPECT_EQ(witness.value("SELECT (last_acquisition_at >= '" + before +
+                          "'::timestamptz + interval '1.999 s')::text FROM " + schema.table()),
             "true");
   EXPECT_EQ(witness.value("SELECT (version <= 80)::text FROM " + schema.table()), "true");
 }
@@ -82,7 +82,8 @@ TEST(PostgresRace, MaxConcurrentIsNeverExceededByThirtyTwoClients) {
       client.then = [&](Request& me) {
         if (me.granted()) {
           const int now = ++active;
-          for (int seen = most; now > seen && !most.compare_exchange_weak(seen, now);) {}
+          for (int seen = most; now > seen && !most.compare_exchange_weak(seen, now);) {
+          }
           ++total;
           --left;
           asio::post(p.io, [&] {
@@ -112,15 +113,15 @@ TEST(PostgresRace, TripsOverManySharedKeysDoNotDeadlock) {
   const std::string deadlocks = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()";
   const std::string before = Witness().value(deadlocks);
   for (const std::int64_t max_concurrent : {0, 1'000}) {
-    in_threads(2, [&](int seed) {
+    in_threads(3, [&](int seed) {
       Process p(schema);
       std::minstd_rand random(static_cast<unsigned>(seed) + 1);
-      for (int round = 0; round < 12; ++round) {
+      for (int round = 0; round < 15; ++round) {
         std::vector<Request> requests(200);
         std::size_t answered = 0;
         for (Request& request : requests) {
-          request.group = make_group("k" + std::to_string(random() % 400) + (max_concurrent ? " slots" : ""), 1e6, 1,
-                                     max_concurrent);
+          request.group = make_group("k" + std::to_string(random() % 400) + (max_concurrent ? " slots" : ""),
+                                     1e6, 1, max_concurrent);
           request.then = [&](Request& me) {
             EXPECT_TRUE(me.granted()) << me.reply.status.message;
             ++answered;
@@ -144,6 +145,7 @@ TEST(PostgresRace, TenInstancesCreateTheTablesAtOnce) {
     ok += status.ok();
   });
   EXPECT_EQ(ok, 10);
-  EXPECT_EQ(Witness().ask("SELECT number, name FROM " + schema.table("rate_limiter_state_migrations") + " ORDER BY 1"),
+  EXPECT_EQ(Witness().ask("SELECT number, name FROM " + schema.table("rate_limiter_state_migrations") +
+                          " ORDER BY 1"),
             (Table{{"1", "create_state_table"}, {"2", "create_leases_table"}}));
 }

@@ -13,7 +13,8 @@ namespace {
 class Role {
  public:
   Role() : name("limits_role_" + std::to_string(getpid())) {
-    Witness().script("DO $$ BEGIN CREATE ROLE " + name + " LOGIN; EXCEPTION WHEN duplicate_object THEN NULL; END $$");
+    Witness().script("DO $$ BEGIN CREATE ROLE " + name +
+                     " LOGIN; EXCEPTION WHEN duplicate_object THEN NULL; END $$");
   }
   ~Role() { Witness().script("DROP OWNED BY " + name + "; DROP ROLE " + name); }
   const std::string name;
@@ -27,7 +28,8 @@ bool mentions(const std::string& text, std::initializer_list<const char*> parts)
   return true;
 }
 
-std::string finding(const std::vector<store::Finding>& all, const std::string& subject, store::Finding::Level level) {
+std::string finding(const std::vector<store::Finding>& all, const std::string& subject,
+                    store::Finding::Level level) {
   for (const store::Finding& f : all)
     if (f.subject == subject && f.level == level) return f.message;
   return "";
@@ -56,7 +58,8 @@ TEST(PostgresSchema, TheDocumentedTableWithTheDocumentedGrantsDoesEverythingDocu
   const store::AcquireReply first = a.acquire(group), second = a.acquire(group);
   EXPECT_EQ(second.verdict, Verdict::granted);
   EXPECT_EQ(b.acquire(group).verdict, Verdict::concurrency_full);
-  EXPECT_EQ(Witness().value("SELECT current_concurrent FROM " + schema.table() + " WHERE group_id = 'jobs'"), "2");
+  EXPECT_EQ(Witness().value("SELECT current_concurrent FROM " + schema.table() + " WHERE group_id = 'jobs'"),
+            "2");
   a.store->limits()->release(group, first.holder);
   EXPECT_EQ(a.peek(group).in_use, 1);
   EXPECT_EQ(b.acquire(group).verdict, Verdict::granted);
@@ -72,8 +75,8 @@ TEST(PostgresSchema, ARoleThatOwnsNothingInitialisesWhereEverythingIsThere) {
   Schema schema;
   Witness witness;
   schema.create_seed_table();
-  witness.script("GRANT USAGE ON SCHEMA " + schema.quoted() + " TO " + role.name + "; GRANT SELECT, INSERT, UPDATE ON " +
-                 schema.table() + " TO " + role.name);
+  witness.script("GRANT USAGE ON SCHEMA " + schema.quoted() + " TO " + role.name +
+                 "; GRANT SELECT, INSERT, UPDATE ON " + schema.table() + " TO " + role.name);
   {
     Process owner(schema);
     ASSERT_TRUE(migrate(owner, false).ok());
@@ -98,7 +101,8 @@ TEST(PostgresSchema, AMissingTableIsNamedWithTheCureAndFoundOnceItIsThere) {
   const Status status = p.initialize();
   EXPECT_EQ(status.code, Code::server);
   EXPECT_EQ(status.sqlstate, "42P01");
-  EXPECT_TRUE(mentions(status.message, {schema.name.c_str(), "rate_limiter_state", "auto_create", "ratesync migrate"}))
+  EXPECT_TRUE(mentions(status.message,
+                       {schema.name.c_str(), "rate_limiter_state", "auto_create", "ratesync migrate"}))
       << status.message;
   EXPECT_EQ(p.acquire(make_group("api", 10)).status.sqlstate, "42P01");
   schema.create_seed_table();
@@ -128,7 +132,8 @@ TEST(PostgresSchema, AutoCreateWithoutTheRightToCreateSaysWhichRight) {
   Witness().script("GRANT USAGE ON SCHEMA " + schema.quoted() + " TO " + role.name);
   Process p(schema, {}, role.name);
   const Status status = p.initialize();
-  EXPECT_TRUE(mentions(status.message, {"GRANT CREATE ON SCHEMA", role.name.c_str(), "permission denied"})) << status.message;
+  EXPECT_TRUE(mentions(status.message, {"GRANT CREATE ON SCHEMA", role.name.c_str(), "permission denied"}))
+      << status.message;
 }
 
 TEST(PostgresSchema, WhatAutoCreateMakesIsTheDocumentedTable) {
@@ -137,15 +142,17 @@ TEST(PostgresSchema, WhatAutoCreateMakesIsTheDocumentedTable) {
   ASSERT_TRUE(Process(made).initialize().ok());
   Witness witness;
   const auto columns = [&](const Schema& schema) {
-    return witness.ask("SELECT column_name, data_type, character_maximum_length, is_nullable, column_default "
-                       "FROM information_schema.columns WHERE table_name = 'rate_limiter_state' AND table_schema = '" +
-                       schema.name + "' ORDER BY ordinal_position");
+    return witness.ask(
+        "SELECT column_name, data_type, character_maximum_length, is_nullable, column_default "
+        "FROM information_schema.columns WHERE table_name = 'rate_limiter_state' AND table_schema = '" +
+        schema.name + "' ORDER BY ordinal_position");
   };
   EXPECT_EQ(columns(made), columns(seed));
   EXPECT_EQ(columns(made).size(), 6u);
   const auto indexes = [&](const Schema& schema) {
-    return witness.ask("SELECT indexname, replace(indexdef, schemaname, '') FROM pg_indexes WHERE schemaname = '" +
-                       schema.name + "' AND tablename = 'rate_limiter_state' ORDER BY 1");
+    return witness.ask(
+        "SELECT indexname, replace(indexdef, schemaname, '') FROM pg_indexes WHERE schemaname = '" +
+        schema.name + "' AND tablename = 'rate_limiter_state' ORDER BY 1");
   };
   EXPECT_EQ(indexes(made), indexes(seed));
 }
@@ -153,10 +160,13 @@ TEST(PostgresSchema, WhatAutoCreateMakesIsTheDocumentedTable) {
 TEST(PostgresSchema, UnloggedTablesAreMadeOnRequest) {
   Schema schema;
   ASSERT_TRUE(Process(schema, [](PostgresOptions& o) { o.unlogged = true; }).initialize().ok());
-  EXPECT_EQ(Witness().value("SELECT string_agg(relpersistence::text, '' ORDER BY relname) FROM pg_class WHERE relkind = 'r' "
-                            "AND relname IN ('rate_limiter_state', 'rate_limiter_state_leases') "
-                            "AND relnamespace = '" + schema.quoted() + "'::regnamespace"),
-            "uu");
+  EXPECT_EQ(
+      Witness().value(
+          "SELECT string_agg(relpersistence::text, '' ORDER BY relname) FROM pg_class WHERE relkind = 'r' "
+          "AND relname IN ('rate_limiter_state', 'rate_limiter_state_leases') "
+          "AND relnamespace = '" +
+          schema.quoted() + "'::regnamespace"),
+      "uu");
 }
 
 TEST(PostgresSchema, HostileNamesAreOnlyNames) {
@@ -210,15 +220,19 @@ TEST(PostgresSchema, TablesOfRateSync02AreRecognisedAndConverted) {
   witness.script("CREATE TABLE " + schema.table() +
                  " (group_id VARCHAR(255) PRIMARY KEY, last_acquisition_at TIMESTAMPTZ NOT NULL,"
                  " version BIGINT NOT NULL DEFAULT 1, concurrent_count INTEGER DEFAULT 0);"
-                 "INSERT INTO " + schema.table() + " VALUES ('a', now(), 7, 3), ('b', now(), 2147483648, NULL), "
+                 "INSERT INTO " +
+                 schema.table() +
+                 " VALUES ('a', now(), 7, 3), ('b', now(), 2147483648, NULL), "
                  "('c', now(), 2147483647, 0)");
   Process p(schema);
   const Status status = p.initialize();
-  EXPECT_TRUE(mentions(status.message, {"rate-sync 0.2", "ratesync migrate", "ALTER TABLE"})) << status.message;
+  EXPECT_TRUE(mentions(status.message, {"rate-sync 0.2", "ratesync migrate", "ALTER TABLE"}))
+      << status.message;
   const auto plan = migrate(p, true);
   ASSERT_TRUE(plan.ok());
   EXPECT_FALSE(plan.value()[2].applied);
-  EXPECT_EQ(witness.value("SELECT count(*) FROM " + schema.table() + " WHERE concurrent_count = 3"), "1") << "dry run";
+  EXPECT_EQ(witness.value("SELECT count(*) FROM " + schema.table() + " WHERE concurrent_count = 3"), "1")
+      << "dry run";
   const auto done = migrate(p, false);
   ASSERT_TRUE(done.ok()) << done.status().message;
   EXPECT_EQ(witness.ask("SELECT version, current_concurrent FROM " + schema.table() + " ORDER BY group_id"),
@@ -233,7 +247,8 @@ TEST(PostgresSchema, ATableOfSomethingElseIsRefusedByItsColumns) {
   Schema schema;
   Witness().script("CREATE TABLE " + schema.table() + " (group_id TEXT PRIMARY KEY, amount INTEGER)");
   Process p(schema);
-  EXPECT_TRUE(mentions(p.initialize().message, {"last_acquisition_at", "table_name"})) << p.initialize().message;
+  EXPECT_TRUE(mentions(p.initialize().message, {"last_acquisition_at", "table_name"}))
+      << p.initialize().message;
 }
 
 TEST(PostgresSchema, BadOptionsNameTheFieldTheExpectedAndTheReceived) {
@@ -246,9 +261,11 @@ TEST(PostgresSchema, BadOptionsNameTheFieldTheExpectedAndTheReceived) {
     auto result = PostgresStore::create(io, clock, options);
     return result.ok() ? std::string() : result.status().message;
   };
-  EXPECT_TRUE(mentions(said([](auto& o) { o.synchronous_commit = "remote"; }), {"synchronous_commit", "auto", "remote"}));
+  EXPECT_TRUE(mentions(said([](auto& o) { o.synchronous_commit = "remote"; }),
+                       {"synchronous_commit", "auto", "remote"}));
   EXPECT_TRUE(mentions(said([](auto& o) { o.statement_cache = "maybe"; }), {"statement_cache", "maybe"}));
-  EXPECT_TRUE(mentions(said([](auto& o) { o.pool_min_size = 11; }), {"pool_min_size", "pool_max_size (10)", "11"}));
+  EXPECT_TRUE(
+      mentions(said([](auto& o) { o.pool_min_size = 11; }), {"pool_min_size", "pool_max_size (10)", "11"}));
   EXPECT_TRUE(mentions(said([](auto& o) { o.pool_max_size = 0; }), {"pool_max_size"}));
   EXPECT_TRUE(mentions(said([](auto& o) { o.url = "mysql://x"; }), {"mysql"}));
 }
@@ -258,12 +275,14 @@ TEST(PostgresSchema, DoctorKnowsServerTableGrantsIndexClockAndSize) {
   Process p(schema);
   ASSERT_TRUE(p.initialize().ok());
   const std::vector<store::Finding> findings = p.doctor();
-  for (const char* subject : {"server version", "table", "grants", "leases", "clock", "connections", "size"}) {
+  for (const char* subject :
+       {"server version", "table", "grants", "leases", "clock", "connections", "size"}) {
     bool found = false;
     for (const store::Finding& f : findings) found = found || f.subject == subject;
     EXPECT_TRUE(found) << subject;
   }
-  for (const store::Finding& f : findings) EXPECT_NE(f.level, store::Finding::Level::error) << f.subject << f.message;
+  for (const store::Finding& f : findings)
+    EXPECT_NE(f.level, store::Finding::Level::error) << f.subject << f.message;
   Witness().script("DROP INDEX " + schema.quoted() + ".idx_rate_limiter_state_updated");
   EXPECT_TRUE(mentions(finding(p.doctor(), "index", store::Finding::Level::warning), {"CREATE INDEX"}));
 }

@@ -88,8 +88,8 @@ TEST(PostgresSlots, ALivingHolderKeepsItsSlotLongerThanItsLease) {
   const std::string expires = "SELECT expires_at FROM " + leases(schema);
   const std::string first = witness.value(expires);
   // Renewed at least six times: twice the lease has passed.
-  const std::string passed = "SELECT (expires_at > '" + first + "'::timestamptz + interval '0.4 s')::text FROM " +
-                             leases(schema);
+  const std::string passed =
+      "SELECT (expires_at > '" + first + "'::timestamptz + interval '0.4 s')::text FROM " + leases(schema);
   EXPECT_TRUE(holder.until([&] { return witness.value(passed) == "true"; }));
   EXPECT_TRUE(losses.all.empty());
   Process other(schema);

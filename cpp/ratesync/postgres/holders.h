@@ -20,18 +20,18 @@ namespace ratesync::postgres {
 
 struct Holding {
   store::GroupRef group;
-  store::HolderId id = 0;         // this incarnation
-  store::HolderId fresh = 0;      // the next one, if the server finds that this one was lost
-  std::int64_t held = 0;          // slots in use here
-  std::int64_t stated = 0;        // what the server knows; kUnknown after a lost answer
-  std::int64_t freed = 0;         // without leases: given back, the server does not know yet
-  Nanos renewed = 0;              // when the last statement that refreshed the lease was sent
+  store::HolderId id = 0;           // this incarnation
+  store::HolderId fresh = 0;        // the next one, if the server finds that this one was lost
+  std::int64_t held = 0;            // slots in use here
+  std::int64_t stated = 0;          // what the server knows; kUnknown after a lost answer
+  std::int64_t freed = 0;           // without leases: given back, the server does not know yet
+  Nanos renewed = 0;                // when the last statement that refreshed the lease was sent
   Nanos unstated_since = kForever;  // since when held != stated could not be told
-  std::uint64_t changes = 0;      // statements about this group, sent and answered
-  std::int64_t sent_held = 0;     // in the statement under way
+  std::uint64_t changes = 0;        // statements about this group, sent and answered
+  std::int64_t sent_held = 0;       // in the statement under way
   std::int64_t sent_freed = 0;
-  bool flying = false;            // such a statement is under way
-  bool queued = false;            // a restatement waits in the lane
+  bool flying = false;  // such a statement is under way
+  bool queued = false;  // a restatement waits in the lane
 
   static constexpr std::int64_t kUnknown = -1;
   [[nodiscard]] bool in_step() const { return held == stated && freed == 0; }

@@ -1,12 +1,13 @@
 // The rounds of a trip: what is asked in one pipeline, and how its answer is dealt out.
-#include "ratesync/postgres/limit_trip.h"
-
 #include <fmt/format.h>
 
 #include <algorithm>
 #include <chrono>
+#include <string_view>
+#include <unordered_set>
 
 #include "ratesync/postgres/errors.h"
+#include "ratesync/postgres/limit_trip.h"
 
 namespace ratesync::postgres {
 
@@ -21,7 +22,8 @@ const Statement kLazyCommit{"ratesync_lazy_commit", "SELECT set_config('synchron
 
 }  // namespace
 
-void PgLimitStore::begin_trip(Lane& lane, OpBatcher::Batch batch, PgPool::Lease connection, unsigned in_a_row) {
+void PgLimitStore::begin_trip(Lane& lane, OpBatcher::Batch batch, PgPool::Lease connection,
+                              unsigned in_a_row) {
   auto trip = std::make_shared<Trip>(lane, std::move(batch), std::move(connection));
   trip->trips_in_a_row = in_a_row;
   trip->pending.reserve(trip->batch.ops.size());
@@ -68,8 +70,8 @@ std::vector<Call> PgLimitStore::build_calls(Trip& trip) {
   const LimitSql& sql = backend_.limit_sql();
   const TripPlan& plan = trip.plan;
   const bool slots = trip.lane.slots;
-  const bool lazy = options_.durability == Durability::off ||
-                    (options_.durability == Durability::automatic && !slots);
+  const bool lazy =
+      options_.durability == Durability::off || (options_.durability == Durability::automatic && !slots);
   std::vector<Call> calls;
   trip.stated.clear();
 
@@ -80,8 +82,8 @@ std::vector<Call> PgLimitStore::build_calls(Trip& trip) {
   // One statement locks its own rows in order. Where more than one takes locks, all of them are
   // taken first.
   const std::vector<std::string_view> groups = plan.groups();
-  const bool lock_first = (slots && !plan.layers.empty()) || !resets.empty() ||
-                          (!plan.adjustments.empty() && groups.size() > 1);
+  const bool lock_first =
+      (slots && !plan.layers.empty()) || !resets.empty() || (!plan.adjustments.empty() && groups.size() > 1);
   if (lock_first) calls.push_back({&sql.lock, {Param::text(array_of_text(groups))}});
   // The rate statement says it itself.
   const bool writes = !plan.adjustments.empty() || !plan.layers.empty();
@@ -159,9 +161,17 @@ void PgLimitStore::deal_layer(Trip& trip, const Layer& layer, const Rows& rows, 
   std::vector<const Run*> unanswered(layer.size(), nullptr);
   for (std::size_t i = 0; i < layer.size(); ++i) unanswered[i] = &layer[i];
   const bool slots = trip.lane.slots;
+  std::unordered_set<std::string_view> inserted;
   for (int row = 0; row < rows.rows(); ++row) {
+    if (!slots && !rows.is_null(row, 5)) {
+      inserted.insert(rows.text(row, 5));
+      continue;
+    }
     const auto at = static_cast<std::size_t>(rows.integer(row, 0) - 1);
     if (at >= layer.size() || !unanswered[at]) continue;
+    const bool made_by_others =
+        !slots && !rows.boolean(row, 4) && rows.integer(row, 1) > 0 && !inserted.contains(layer[at].id());
+    if (made_by_others) continue;
     const Run& run = *std::exchange(unanswered[at], nullptr);
     RunAnswer answer;
     answer.granted = rows.integer(row, 1);
@@ -175,7 +185,8 @@ void PgLimitStore::deal_layer(Trip& trip, const Layer& layer, const Rows& rows, 
       answer.wrote = rows.boolean(row, 7);
       Holding& holding = *trip.stated[at];
       const store::HolderId before = holding.id;
-      const std::int64_t lost = holders_.answered(holding, answer.granted, answer.lost, answer.wrote, trip.sent);
+      const std::int64_t lost =
+          holders_.answered(holding, answer.granted, answer.lost, answer.wrote, trip.sent);
       if (lost > 0) dealt.lost.push_back({run.group->id, before, lost});
       holder = holding.id;
       dealt.touched.push_back(&holding);
@@ -183,7 +194,7 @@ void PgLimitStore::deal_layer(Trip& trip, const Layer& layer, const Rows& rows, 
     deal_run(run, answer, holder, trip.plan.now, dealt.acquires, dealt.again);
   }
 
-  // No row: another process made the row first. Ask again, it can be locked now.
+  // Another process made the row first. Ask again, it can be locked now.
   bool lost_race = false;
   for (std::size_t i = 0; i < layer.size(); ++i) {
     if (!unanswered[i]) continue;
@@ -195,8 +206,11 @@ void PgLimitStore::deal_layer(Trip& trip, const Layer& layer, const Rows& rows, 
     }
     if (trip.lost_races >= kLostRaces) {
       const Status status = Status::make(
-          Code::server, fmt::format("the row of group '{}' changed {} times while it was decided on; is it being deleted "
-                                    "all the time?", unanswered[i]->group->id, kLostRaces), "40001");
+          Code::server,
+          fmt::format("the row of group '{}' changed {} times while it was decided on; is it being deleted "
+                      "all the time?",
+                      unanswered[i]->group->id, kLostRaces),
+          "40001");
       for (QueuedOp* op : unanswered[i]->ops) {
         op->acquire->reply = {};
         op->acquire->reply.status = status;
@@ -276,7 +290,8 @@ void PgLimitStore::fail_ops(const OpList& ops, const Status& status) {
 void PgLimitStore::retry_later(const TripPtr& trip) {
   const Nanos pause = kMilli * (1 << trip->attempt);
   auto timer = std::make_shared<asio::steady_timer>(io_);
-  timer->expires_after(std::chrono::nanoseconds(pause / 2 + static_cast<Nanos>(random_() % static_cast<unsigned>(pause))));
+  timer->expires_after(
+      std::chrono::nanoseconds(pause / 2 + static_cast<Nanos>(random_() % static_cast<unsigned>(pause))));
   timer->async_wait([this, trip, timer, alive = alive_](const asio::error_code&) {
     if (*alive) start_round(trip);
   });
@@ -291,7 +306,8 @@ void PgLimitStore::reconnect(const TripPtr& trip) {
       return start_round(trip);
     }
     OpList ops = std::exchange(trip->pending, {});
-    for (const OpList& more : std::exchange(trip->parked, {})) ops.insert(ops.end(), more.begin(), more.end());
+    for (const OpList& more : std::exchange(trip->parked, {}))
+      ops.insert(ops.end(), more.begin(), more.end());
     land(trip);
     fail_ops(ops, got.status());
   });
@@ -302,7 +318,8 @@ void PgLimitStore::land(const TripPtr& trip) {
   lane.batcher.finished(trip->batch.id);
   if (trip->connection && trip->connection->open() && trip->trips_in_a_row < kTripsInARow) {
     if (auto batch = lane.batcher.take())
-      return begin_trip(lane, std::move(*batch), std::exchange(trip->connection, nullptr), trip->trips_in_a_row + 1);
+      return begin_trip(lane, std::move(*batch), std::exchange(trip->connection, nullptr),
+                        trip->trips_in_a_row + 1);
   }
   lane.busy = false;
   --trips_;

@@ -29,11 +29,14 @@ bool share_patience(Nanos a, Nanos b) {
   return std::abs(a - b) <= std::max(kMilli, std::min(a, b) / 100);
 }
 
+// Rows written by hand may lie further ahead than nanoseconds reach.
+Nanos nanos(std::int64_t micros) { return micros > kForever / kMicro ? kForever : micros * kMicro; }
+
 bool same_limit(const store::GroupRef& a, const store::GroupRef& b) {
   if (a == b) return true;
   const limits::Params &p = a->params, &q = b->params;
-  return p.rate_per_second == q.rate_per_second && p.burst == q.burst && p.max_concurrent == q.max_concurrent &&
-         p.timing_margin == q.timing_margin && p.lease == q.lease;
+  return p.rate_per_second == q.rate_per_second && p.burst == q.burst &&
+         p.max_concurrent == q.max_concurrent && p.timing_margin == q.timing_margin && p.lease == q.lease;
 }
 
 struct GroupPlan {
@@ -177,7 +180,8 @@ std::vector<std::string_view> TripPlan::groups() const {
 
 OpList TripPlan::ops() const {
   OpList out;
-  for (const Adjustment& adjustment : adjustments) out.insert(out.end(), adjustment.ops.begin(), adjustment.ops.end());
+  for (const Adjustment& adjustment : adjustments)
+    out.insert(out.end(), adjustment.ops.begin(), adjustment.ops.end());
   for (const Layer& layer : layers)
     for (const Run& run : layer) out.insert(out.end(), run.ops.begin(), run.ops.end());
   out.insert(out.end(), peeks.begin(), peeks.end());
@@ -188,11 +192,14 @@ void deal_run(const Run& run, const RunAnswer& answer, store::HolderId holder, N
               OpList& again) {
   const limits::Params& params = run.group->params;
   const MicroRate rate(params);
-  const std::int64_t granted = std::min<std::int64_t>(answer.granted, static_cast<std::int64_t>(run.ops.size()));
-  const std::int64_t ahead = params.has_rate() && granted > 0 ? answer.ahead + rate.span(granted * run.cost) : answer.ahead;
+  const std::int64_t granted =
+      std::min<std::int64_t>(answer.granted, static_cast<std::int64_t>(run.ops.size()));
+  const std::int64_t ahead =
+      params.has_rate() && granted > 0 ? answer.ahead + rate.span(granted * run.cost) : answer.ahead;
   const bool full = params.has_concurrency() && granted < std::min<std::int64_t>(answer.may, run.ops.size());
 
-  const std::int64_t remaining = params.has_rate() ? rate.available(ahead) : std::max<std::int64_t>(0, answer.free);
+  const std::int64_t remaining =
+      params.has_rate() ? rate.available(ahead) : std::max<std::int64_t>(0, answer.free);
   for (std::int64_t i = 0; i < granted; ++i) {
     AcquireReply& reply = run.ops[i]->acquire->reply;
     reply = AcquireReply{};
@@ -201,13 +208,13 @@ void deal_run(const Run& run, const RunAnswer& answer, store::HolderId holder, N
     if (params.has_rate()) {
       reply.stamp = answer.stamp;
       const std::int64_t wait = answer.ahead + rate.span((i + 1) * run.cost) - rate.burst_span;
-      reply.wait = wait <= rate.margin ? 0 : wait * kMicro;
+      reply.wait = wait <= rate.margin ? 0 : nanos(wait);
     }
     done.push_back(run.ops[i]);
   }
 
   const std::int64_t slot = ahead + rate.span(run.cost) - rate.burst_span;
-  const Nanos retry_after = slot > rate.margin ? (slot - rate.margin) * kMicro : 0;
+  const Nanos retry_after = slot > rate.margin ? nanos(slot - rate.margin) : 0;
   for (std::size_t i = static_cast<std::size_t>(granted); i < run.ops.size(); ++i) {
     QueuedOp* op = run.ops[i];
     const Nanos patience = patience_of(*op->acquire, planned_at);
@@ -305,9 +312,9 @@ store::Peek read_peek(const limits::Params& params, std::int64_t ahead, std::int
   if (params.has_rate()) {
     const MicroRate rate(params);
     out.available = rate.available(ahead);
-    out.full_after = ahead * kMicro;
+    out.full_after = nanos(ahead);
     const std::int64_t slot = ahead + rate.step - rate.burst_span;
-    out.retry_after = slot > rate.margin ? (slot - rate.margin) * kMicro : 0;
+    out.retry_after = slot > rate.margin ? nanos(slot - rate.margin) : 0;
   }
   if (params.has_concurrency()) {
     const std::int64_t free = std::max<std::int64_t>(0, params.max_concurrent - in_use);

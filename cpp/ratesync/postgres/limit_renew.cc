@@ -22,7 +22,8 @@ void PgLimitStore::in_step(Holding& holding) {
   if (holding.held > 0 && leases()) arm(holding.renewed + holding.group->params.lease / 3);
   if (holding.flying || holding.queued) return;
   if (holding.in_step() || closing_) return holders_.tidy(holding);
-  if (holding.unstated_since != kForever) return arm(clock_.now() + kRestatePause);  // the last attempt failed
+  if (holding.unstated_since != kForever)
+    return arm(clock_.now() + kRestatePause);  // the last attempt failed
   holding.queued = true;
   push(QueuedOp{QueuedOp::Kind::restate, false, holding.group, nullptr, nullptr});
 }
@@ -60,7 +61,8 @@ void PgLimitStore::tick() {
   }
   for (std::size_t from = 0; from < due.renew.size(); from += kRenewAtOnce) {
     const std::size_t to = std::min(due.renew.size(), from + kRenewAtOnce);
-    renew({due.renew.begin() + static_cast<std::ptrdiff_t>(from), due.renew.begin() + static_cast<std::ptrdiff_t>(to)});
+    renew({due.renew.begin() + static_cast<std::ptrdiff_t>(from),
+           due.renew.begin() + static_cast<std::ptrdiff_t>(to)});
   }
   if (due.next != kForever) arm(due.next);
 }
@@ -81,7 +83,8 @@ struct Asked {
 void PgLimitStore::renew(std::vector<Holding*> due) {
   auto asked = std::make_shared<std::vector<Asked>>();
   for (const Holding* holding : due)
-    asked->push_back({holding->group->id, holding->id, holding->changes, holding->flying, holding->group->params.lease});
+    asked->push_back(
+        {holding->group->id, holding->id, holding->changes, holding->flying, holding->group->params.lease});
   std::sort(asked->begin(), asked->end(), [](const Asked& a, const Asked& b) { return a.group < b.group; });
 
   backend_.pool().get([this, asked, alive = alive_](Result<PgPool::Lease> got) {
@@ -164,27 +167,29 @@ void PgLimitStore::maybe_closed() {
 void PgLimitStore::flush_slots(std::function<void()> done) {
   Layer layer;
   for (auto& [id, holding] : holders_)
-    if (!holding.in_step() && layer.size() < kRenewAtOnce) layer.push_back(Run{holding.group, 1, kForever, false, {}});
+    if (!holding.in_step() && layer.size() < kRenewAtOnce)
+      layer.push_back(Run{holding.group, 1, kForever, false, {}});
   if (layer.empty() || backend_.pool().down()) return done();
   std::sort(layer.begin(), layer.end(), [](const Run& a, const Run& b) { return a.id() < b.id(); });
   ++trips_;  // not twice
-  backend_.pool().get([this, layer = std::move(layer), done = std::move(done), alive = alive_](Result<PgPool::Lease> got) {
-    if (!*alive) return;
-    if (!got.ok()) return done();
-    Lane& lane = *lanes_.back();
-    auto trip = std::make_shared<Trip>(lane, OpBatcher::Batch{}, got.value());
-    std::vector<std::string_view> groups;
-    for (const Run& run : layer) groups.push_back(run.id());
-    std::vector<Call> calls;
-    calls.push_back({&backend_.limit_sql().lock, {Param::text(array_of_text(groups))}});
-    calls.push_back(slots_call(*trip, layer));
-    count(calls, layer.size());
-    trip->connection->run(std::move(calls), [this, trip, done, alive](const PipelineResult&) {
-      if (!*alive) return;
-      backend_.pool().put(std::exchange(trip->connection, nullptr));
-      done();
-    });
-  });
+  backend_.pool().get(
+      [this, layer = std::move(layer), done = std::move(done), alive = alive_](Result<PgPool::Lease> got) {
+        if (!*alive) return;
+        if (!got.ok()) return done();
+        Lane& lane = *lanes_.back();
+        auto trip = std::make_shared<Trip>(lane, OpBatcher::Batch{}, got.value());
+        std::vector<std::string_view> groups;
+        for (const Run& run : layer) groups.push_back(run.id());
+        std::vector<Call> calls;
+        calls.push_back({&backend_.limit_sql().lock, {Param::text(array_of_text(groups))}});
+        calls.push_back(slots_call(*trip, layer));
+        count(calls, layer.size());
+        trip->connection->run(std::move(calls), [this, trip, done, alive](const PipelineResult&) {
+          if (!*alive) return;
+          backend_.pool().put(std::exchange(trip->connection, nullptr));
+          done();
+        });
+      });
 }
 
 }  // namespace ratesync::postgres

@@ -17,7 +17,8 @@ std::string fill(std::string text, const LimitTables& tables) {
             WHEN room < ahead THEN 0
             ELSE least(n, floor((room - ahead + 0.001::float8) / each)::int8) END)");
   replace("@ahead@",
-          "CASE WHEN present THEN greatest((date_part('epoch', last - now) * 1000000)::int8 + step, 0) ELSE 0 END");
+          "CASE WHEN present THEN greatest((date_part('epoch', last - now) * 1000000)::int8 + step, 0) ELSE "
+          "0 END");
   // Rows written by hand may hold 'infinity', which cannot be subtracted.
   replace("@last@",
           "greatest(least(s.last_acquisition_at, '9999-01-01 00:00:00+00'::timestamptz), "
@@ -28,11 +29,9 @@ std::string fill(std::string text, const LimitTables& tables) {
   // Of a row that does not exist, version is NULL: 1.
   replace("@new_version@", "CASE WHEN version < 2147483647 THEN version + 1 ELSE 1 END");
   // The seed's index on updated_at forbids HOT updates whenever the column changes.
-  replace("@new_updated@",
-          "CASE WHEN updated_at > now - interval '1 minute' THEN updated_at ELSE now END");
+  replace("@new_updated@", "CASE WHEN updated_at > now - interval '1 minute' THEN updated_at ELSE now END");
   // Compare-and-set: what was decided on another version does not land.
-  replace("@cas@",
-          "t.version = excluded.version - 1 OR (excluded.version = 1 AND t.version = 2147483647)");
+  replace("@cas@", "t.version = excluded.version - 1 OR (excluded.version = 1 AND t.version = 2147483647)");
   std::string out;
   out.reserve(text.size() + 8 * (tables.state.size() + tables.leases.size()));
   for (std::size_t at = 0; at < text.size(); ++at) {
@@ -53,48 +52,59 @@ std::string fill(std::string text, const LimitTables& tables) {
 // the row after a wait; the clock is read in the projection above it, hence after the wait. Only
 // the row itself is looked at, so the statement's snapshot may be old.
 //
-// `old` touches rows that are locked already and never waits. `new` waits only for the insert of
-// the same key by somebody else, in key order; DO NOTHING, because DO UPDATE would lock a row out of
-// order and on a decision that did not see it. Together: two processes cannot deadlock here.
+// Rows are locked, or inserted, one after the other in the order of $1: INSERT pulls `d` row by row,
+// and because UNION ALL reads `w` first, nobody has pulled `d` before. So whoever waits for a key
+// holds smaller keys only, and no two processes deadlock. (Locking all that exist and then inserting
+// the others did: an INSERT also waits for whoever is updating a row that its snapshot cannot see.)
+// A row that appeared after the snapshot fails the compare-and-set: no row comes from `w` for it.
+//
+// OFFSET 0 keeps the planner from merging the levels, which would compute @ahead@ once per mention.
 constexpr const char* kRate = R"(
-WITH l AS MATERIALIZED (
-  SELECT i.*, s.version, s.updated_at, s.group_id IS NOT NULL AS present, @last@ AS last, clock_timestamp() AS now
-  FROM unnest($1::text[], $2::int8[], $3::float8[], $4::int8[], $5::int8[]) WITH ORDINALITY
-         AS i(g, n, each, room, step, ord)
-  LEFT JOIN LATERAL (SELECT * FROM {0} WHERE group_id = i.g FOR UPDATE) AS s ON true
-), d AS MATERIALIZED (
-  SELECT *, @decide_rate@ AS k FROM (SELECT *, @ahead@ AS ahead FROM l) AS q
-), old AS (
+WITH d AS MATERIALIZED (
+  SELECT *, (date_part('epoch', new_last) * 1000000)::int8 AS stamp
+  FROM (
+    SELECT g, ord, version, updated_at, present, now, ahead, k, @new_last@ AS new_last
+    FROM (
+      SELECT *, @decide_rate@ AS k
+      FROM (
+        SELECT *, @ahead@ AS ahead
+        FROM (
+          SELECT i.*, s.version, s.updated_at, s.version IS NOT NULL AS present, @last@ AS last,
+                 clock_timestamp() AS now
+          FROM unnest($1::text[], $2::int8[], $3::float8[], $4::int8[], $5::int8[]) WITH ORDINALITY
+                 AS i(g, n, each, room, step, ord)
+          LEFT JOIN LATERAL (
+            SELECT version, last_acquisition_at, updated_at FROM {0} WHERE group_id = i.g FOR UPDATE) AS s ON true
+          OFFSET 0) AS l
+        OFFSET 0) AS q
+      OFFSET 0) AS r
+    OFFSET 0) AS p
+), w AS (
   INSERT INTO {0} AS t (group_id, last_acquisition_at, version, updated_at)
-  SELECT g, @new_last@, @new_version@, @new_updated@ FROM d WHERE k > 0 AND present ORDER BY ord
+  SELECT g, new_last, @new_version@, @new_updated@ FROM d WHERE k > 0
   ON CONFLICT (group_id) DO UPDATE
   SET last_acquisition_at = excluded.last_acquisition_at, version = excluded.version,
       updated_at = excluded.updated_at
   WHERE @cas@
-  RETURNING group_id, @stamp@
-), new AS (
-  INSERT INTO {0} (group_id, last_acquisition_at, version, updated_at)
-  SELECT g, @new_last@, @new_version@, @new_updated@ FROM d WHERE k > 0 AND NOT present ORDER BY ord
-  ON CONFLICT (group_id) DO NOTHING
-  RETURNING group_id, @stamp@
-), w AS (
-  SELECT * FROM old UNION ALL SELECT * FROM new
+  RETURNING group_id, version
 )
-SELECT d.ord, d.k, d.ahead, w.stamp,
-       (SELECT CASE WHEN $6::bool THEN set_config('synchronous_commit', 'off', true) END) AS sync
-FROM d LEFT JOIN w ON w.group_id = d.g
-WHERE d.k = 0 OR w.group_id IS NOT NULL)";
+SELECT NULL::int8 AS ord, NULL::int8 AS k, NULL::int8 AS ahead, NULL::int8 AS stamp, NULL::bool AS present,
+       group_id::text AS inserted, NULL::text AS sync
+FROM w WHERE version = 1
+UNION ALL
+SELECT ord, k, ahead, stamp, present, NULL,
+       (SELECT CASE WHEN $6::bool THEN set_config('synchronous_commit', 'off', true) END)
+FROM d)";
 
-// OFFSET 0 keeps the planner from flattening the subquery that does the locking.
+// Locks rows in the order of $1, those that do not exist by making them (idle, version 0): DO UPDATE
+// locks the row in its way even where its condition is false. After this nothing waits any more.
 constexpr const char* kLock = R"(
-SELECT count(*) FROM (
-  SELECT s.version
-  FROM unnest($1::text[]) AS i(g), LATERAL (SELECT version FROM {0} WHERE group_id = i.g FOR UPDATE) AS s
-  OFFSET 0) AS locked)";
+INSERT INTO {0} AS t (group_id, last_acquisition_at, version)
+SELECT g, '1970-01-01 00:00:00+00'::timestamptz, 0 FROM unnest($1::text[]) AS i(g)
+ON CONFLICT (group_id) DO UPDATE SET version = t.version WHERE false)";
 
 // Counts other rows (leases), so its snapshot has to be younger than the lock: a statement of its
-// own after kLock. A row that appeared between the two is not locked; then the compare-and-set on
-// the version decides, since whoever changes a lease writes the state row too.
+// own after kLock. Whoever changes a lease writes the state row too.
 constexpr const char* kSlots = R"(
 WITH c AS MATERIALIZED (SELECT clock_timestamp() AS now),
 l AS MATERIALIZED (
@@ -115,29 +125,23 @@ l AS MATERIALIZED (
     SELECT *, least(may, greatest(slots - others - kept, 0)) AS k
     FROM (
       SELECT *, @decide_rate@ AS may, CASE WHEN lost THEN 0 ELSE held END AS kept
-      FROM (SELECT *, CASE WHEN each IS NULL THEN 0 ELSE @ahead@ END AS ahead FROM l) AS q) AS r) AS p
+      FROM (SELECT *, CASE WHEN each IS NULL THEN 0 ELSE @ahead@ END AS ahead FROM l OFFSET 0) AS q) AS r
+    OFFSET 0) AS p
 ), v AS MATERIALIZED (
-  SELECT g, ord, present, @new_version@ AS version, @new_updated@ AS updated_at,
+  SELECT g, @new_version@ AS version, @new_updated@ AS updated_at,
          least(others + kept + k, 2147483647)::int4 AS in_use,
          CASE WHEN k = 0 THEN coalesce(last, '1970-01-01 00:00:00+00'::timestamptz)
               WHEN each IS NULL THEN now
               ELSE @new_last@ END AS last
   FROM d WHERE k > 0 OR changed
-), old AS (
+), w AS (
   INSERT INTO {0} AS t (group_id, last_acquisition_at, version, current_concurrent, updated_at)
-  SELECT g, last, version, in_use, updated_at FROM v WHERE present ORDER BY ord
+  SELECT g, last, version, in_use, updated_at FROM v
   ON CONFLICT (group_id) DO UPDATE
   SET last_acquisition_at = excluded.last_acquisition_at, version = excluded.version,
       current_concurrent = excluded.current_concurrent, updated_at = excluded.updated_at
   WHERE @cas@
   RETURNING group_id, @stamp@
-), new AS (
-  INSERT INTO {0} (group_id, last_acquisition_at, version, current_concurrent, updated_at)
-  SELECT g, last, version, in_use, updated_at FROM v WHERE NOT present ORDER BY ord
-  ON CONFLICT (group_id) DO NOTHING
-  RETURNING group_id, @stamp@
-), w AS (
-  SELECT * FROM old UNION ALL SELECT * FROM new
 ), a AS MATERIALIZED (
   SELECT d.*, w.stamp, w.group_id IS NOT NULL AS wrote FROM d LEFT JOIN w ON w.group_id = d.g
 ), gone AS (
@@ -168,27 +172,21 @@ l AS MATERIALIZED (
     SELECT *, least(may, greatest(slots - used, 0)) AS k
     FROM (
       SELECT *, @decide_rate@ AS may
-      FROM (SELECT *, CASE WHEN each IS NULL THEN 0 ELSE @ahead@ END AS ahead FROM l) AS q) AS r) AS p
+      FROM (SELECT *, CASE WHEN each IS NULL THEN 0 ELSE @ahead@ END AS ahead FROM l OFFSET 0) AS q) AS r
+    OFFSET 0) AS p
 ), v AS MATERIALIZED (
-  SELECT g, ord, present, @new_version@ AS version, @new_updated@ AS updated_at,
+  SELECT g, @new_version@ AS version, @new_updated@ AS updated_at,
          least(used + k, 2147483647)::int4 AS in_use,
          CASE WHEN k = 0 THEN last WHEN each IS NULL THEN now ELSE @new_last@ END AS last
   FROM d WHERE k > 0 OR changed
-), old AS (
+), w AS (
   INSERT INTO {0} AS t (group_id, last_acquisition_at, version, current_concurrent, updated_at)
-  SELECT g, last, version, in_use, updated_at FROM v WHERE present ORDER BY ord
+  SELECT g, last, version, in_use, updated_at FROM v
   ON CONFLICT (group_id) DO UPDATE
   SET last_acquisition_at = excluded.last_acquisition_at, version = excluded.version,
       current_concurrent = excluded.current_concurrent, updated_at = excluded.updated_at
   WHERE @cas@
   RETURNING group_id, @stamp@
-), new AS (
-  INSERT INTO {0} (group_id, last_acquisition_at, version, current_concurrent, updated_at)
-  SELECT g, last, version, in_use, updated_at FROM v WHERE NOT present ORDER BY ord
-  ON CONFLICT (group_id) DO NOTHING
-  RETURNING group_id, @stamp@
-), w AS (
-  SELECT * FROM old UNION ALL SELECT * FROM new
 )
 SELECT d.ord, d.k, d.ahead, w.stamp, d.may, d.slots - d.used - d.k AS free, false AS lost,
        w.group_id IS NOT NULL AS wrote
@@ -215,13 +213,11 @@ WHERE t.group_id = i.g
 constexpr const char* kDropLeases = "DELETE FROM {1} WHERE group_id = ANY ($1::text[])";
 
 // After kLock. A lease that has expired but still exists may be renewed: under the lock its
-// existence proves that nobody took the slots. Without a state row (the seed's cleanup deletes old
-// ones) there is no lock, so then only a lease that has not expired.
+// existence proves that nobody took the slots.
 constexpr const char* kRenew = R"(
 UPDATE {1} AS x SET expires_at = clock_timestamp() + i.lease * interval '1 microsecond'
 FROM unnest($1::text[], $2::int8[], $3::int8[]) AS i(g, holder, lease)
 WHERE x.group_id = i.g AND x.holder_id = i.holder
-  AND (x.expires_at > clock_timestamp() OR EXISTS (SELECT FROM {0} WHERE group_id = i.g))
 RETURNING x.group_id)";
 
 constexpr const char* kPeek = R"(
@@ -242,11 +238,11 @@ SELECT group_id, holder, slots, (date_part('epoch', clock_timestamp() - acquired
 FROM {1} ORDER BY group_id, holder_id LIMIT $1::int8)";
 
 std::string with_in_use(std::string text, bool leases, std::string_view group) {
-  const std::string count =
-      leases ? fmt::format("coalesce((SELECT sum(slots) FROM {{1}} WHERE group_id = {} "
-                           "AND expires_at > clock_timestamp()), 0)",
-                           group)
-             : "coalesce(s.current_concurrent, 0)";
+  const std::string count = leases ? fmt::format(
+                                         "coalesce((SELECT sum(slots) FROM {{1}} WHERE group_id = {} "
+                                         "AND expires_at > clock_timestamp()), 0)",
+                                         group)
+                                   : "coalesce(s.current_concurrent, 0)";
   const std::string_view mark = "@in_use@";
   return text.replace(text.find(mark), mark.size(), count);
 }

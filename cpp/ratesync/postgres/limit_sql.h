@@ -20,9 +20,11 @@ struct LimitTables {
 struct LimitSql {
   // $1 text[] group, $2 int8[] n, $3 float8[] us per request, $4 int8[] room us (NULL: no bound),
   // $5 int8[] us per unit, $6 bool: commit without waiting for the disk.
-  // Row: ord, k, ahead, stamp. No row: the first insert was lost to somebody else, ask again.
+  // Rows: for each group ord, k, ahead, stamp, present; before them, for each row that was made,
+  // only `inserted` (column 5), its group. Not present, k > 0 and not made: somebody else made the
+  // row meanwhile and nothing was granted, ask again.
   Statement rate;
-  // $1 text[] groups, sorted by bytes: locks their rows until the end of the pipeline.
+  // $1 text[] groups, sorted by bytes: locks their rows, and makes those that are missing.
   Statement lock;
   // After `lock`. $1..$5 as in rate ($3 to $5 NULL: no rate), $6 int8[] max_concurrent,
   // with leases:    $7 int8[] slots held, $8 int8[] holder, $9 int8[] holder if that was lost,

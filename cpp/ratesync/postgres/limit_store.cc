@@ -23,16 +23,18 @@ std::ptrdiff_t utf8_length(std::string_view text) {
   std::ptrdiff_t count = 0;
   for (std::size_t i = 0; i < text.size(); ++count) {
     const auto lead = static_cast<unsigned char>(text[i]);
-    const std::size_t size = lead < 0x80 ? 1 : lead >= 0xC2 && lead < 0xE0 ? 2 : (lead & 0xF0) == 0xE0 ? 3
-                             : lead >= 0xF0 && lead < 0xF5                                      ? 4
-                                                                                                 : 0;
+    const std::size_t size = lead < 0x80                   ? 1
+                             : lead >= 0xC2 && lead < 0xE0 ? 2
+                             : (lead & 0xF0) == 0xE0       ? 3
+                             : lead >= 0xF0 && lead < 0xF5 ? 4
+                                                           : 0;
     if (lead == 0 || size == 0 || i + size > text.size()) return -1;
     for (std::size_t j = 1; j < size; ++j)
       if ((static_cast<unsigned char>(text[i + j]) & 0xC0) != 0x80) return -1;
     if (size > 2) {  // overlong forms, surrogates, beyond U+10FFFF
       const auto second = static_cast<unsigned char>(text[i + 1]);
-      if ((lead == 0xE0 && second < 0xA0) || (lead == 0xED && second > 0x9F) || (lead == 0xF0 && second < 0x90) ||
-          (lead == 0xF4 && second > 0x8F))
+      if ((lead == 0xE0 && second < 0xA0) || (lead == 0xED && second > 0x9F) ||
+          (lead == 0xF0 && second < 0x90) || (lead == 0xF4 && second > 0x8F))
         return -1;
     }
     i += size;
@@ -43,9 +45,10 @@ std::ptrdiff_t utf8_length(std::string_view text) {
 Status check_group(const std::string& id) {
   const std::ptrdiff_t length = utf8_length(id);
   if (length >= 1 && static_cast<std::size_t>(length) <= kGroupCharacters) return Status::success();
-  return Status::make(Code::invalid, fmt::format("group_id: expected 1 to {} characters of UTF-8 without NUL, got {}",
-                                                 kGroupCharacters, length < 0 ? std::string("other bytes")
-                                                                              : fmt::format("{} characters", length)));
+  return Status::make(
+      Code::invalid,
+      fmt::format("group_id: expected 1 to {} characters of UTF-8 without NUL, got {}", kGroupCharacters,
+                  length < 0 ? std::string("other bytes") : fmt::format("{} characters", length)));
 }
 
 store::Listing read_listing(const PipelineResult& result, std::size_t limit) {
@@ -56,7 +59,8 @@ store::Listing read_listing(const PipelineResult& result, std::size_t limit) {
       out.truncated = true;
       break;
     }
-    out.groups.push_back({std::string(groups.text(r, 0)), groups.integer(r, 1) * kMicro, groups.integer(r, 2),
+    out.groups.push_back({std::string(groups.text(r, 0)),
+                          std::min(groups.integer(r, 1), kForever / kMicro) * kMicro, groups.integer(r, 2),
                           groups.integer(r, 3)});
   }
   if (result.results.size() < 2) return out;
@@ -66,15 +70,17 @@ store::Listing read_listing(const PipelineResult& result, std::size_t limit) {
       out.truncated = true;
       break;
     }
-    out.holders.push_back({std::string(holders.text(r, 0)), std::string(holders.text(r, 1)), holders.integer(r, 2),
-                           holders.integer(r, 3) * kMicro, holders.integer(r, 4) * kMicro});
+    out.holders.push_back({std::string(holders.text(r, 0)), std::string(holders.text(r, 1)),
+                           holders.integer(r, 2), std::min(holders.integer(r, 3), kForever / kMicro) * kMicro,
+                           std::min(holders.integer(r, 4), kForever / kMicro) * kMicro});
   }
   return out;
 }
 
 }  // namespace
 
-PgLimitStore::PgLimitStore(asio::io_context& io, const Clock& clock, LimitBackend& backend, LimitStoreOptions options)
+PgLimitStore::PgLimitStore(asio::io_context& io, const Clock& clock, LimitBackend& backend,
+                           LimitStoreOptions options)
     : io_(io),
       clock_(clock),
       backend_(backend),
@@ -85,7 +91,8 @@ PgLimitStore::PgLimitStore(asio::io_context& io, const Clock& clock, LimitBacken
   const std::size_t count = std::max<std::size_t>(options_.lanes, 1);
   for (const bool slots : {false, true})
     for (std::size_t i = 0; i < count; ++i)
-      lanes_.push_back(std::make_unique<Lane>(batch::BatcherOptions{options_.max_batch, options_.max_queue, 1}, slots));
+      lanes_.push_back(
+          std::make_unique<Lane>(batch::BatcherOptions{options_.max_batch, options_.max_queue, 1}, slots));
 }
 
 PgLimitStore::~PgLimitStore() { *alive_ = false; }
@@ -112,8 +119,7 @@ void PgLimitStore::fail(QueuedOp& op, const Status& status) {
         arm(clock_.now() + kRestatePause);
       }
       return;
-    case QueuedOp::Kind::peek:
-      return op.side->peeked(status);
+    case QueuedOp::Kind::peek: return op.side->peeked(status);
     case QueuedOp::Kind::refund:
     case QueuedOp::Kind::settle:
     case QueuedOp::Kind::reset:
@@ -245,12 +251,13 @@ void PgLimitStore::list(std::size_t limit, store::Callback<store::Listing> done)
         if (!statement->sql.empty()) calls.push_back({statement, {Param::text(std::to_string(limit + 1))}});
       count(calls, 1);
       PgPool::Lease connection = got.value();
-      connection->run(std::move(calls), [this, limit, done = std::move(done), alive, connection](PipelineResult result) {
-        if (!*alive) return done(Status::make(Code::closed, "the store was closed"));
-        backend_.pool().put(connection);
-        if (!result.status.ok()) return done(backend_.explain(result));
-        done(read_listing(result, limit));
-      });
+      connection->run(std::move(calls),
+                      [this, limit, done = std::move(done), alive, connection](PipelineResult result) {
+                        if (!*alive) return done(Status::make(Code::closed, "the store was closed"));
+                        backend_.pool().put(connection);
+                        if (!result.status.ok()) return done(backend_.explain(result));
+                        done(read_listing(result, limit));
+                      });
     });
   });
 }

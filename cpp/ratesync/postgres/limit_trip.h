@@ -26,8 +26,8 @@ struct PgLimitStore::Trip {
   TripPlan plan;                 // of the round under way
   std::vector<Holding*> stated;  // what the round states about slots, run by run
   std::size_t adjust_call = 0, layer_call = 0, peek_call = 0;  // indexes into the pipeline
-  unsigned attempt = 1;          // of the round
-  unsigned lost_races = 0;       // rounds in a row in which an insert was lost
+  unsigned attempt = 1;                                        // of the round
+  unsigned lost_races = 0;                                     // rounds in a row in which an insert was lost
   Nanos sent = 0;
 };
 

@@ -16,8 +16,12 @@ namespace {
 constexpr Nanos kClosePatience = 2 * kSecond;
 
 ErrorContext context_of(const ConnInfo& info, const TableNames& names) {
-  return {info.hosts.front().host, info.hosts.front().port, info.setting("dbname"), info.setting("user"),
-          names.schema, names.state};
+  return {info.hosts.front().host,
+          info.hosts.front().port,
+          info.setting("dbname"),
+          info.setting("user"),
+          names.schema,
+          names.state};
 }
 
 std::string holder_text(const ConnInfo& info) {
@@ -71,25 +75,30 @@ Result<std::unique_ptr<store::Store>> PostgresStore::create(asio::io_context& io
   Result<TableNames> names = TableNames::make(options.schema_name, options.table_name);
   if (!names.ok()) return names.status();
   if (options.auto_create && !names.value().can_migrate())
-    return bad_option("table_name", "at most 51 bytes with auto_create = true (names of an index and of two more tables "
-                      "are derived from it)", fmt::format("{} bytes", options.table_name.size()));
+    return bad_option("table_name",
+                      "at most 51 bytes with auto_create = true (names of an index and of two more tables "
+                      "are derived from it)",
+                      fmt::format("{} bytes", options.table_name.size()));
   if (options.pool_max_size < 1 || options.pool_max_size > 10'000)
-    return bad_option("pool_max_size", "a whole number from 1 to 10000", std::to_string(options.pool_max_size));
+    return bad_option("pool_max_size", "a whole number from 1 to 10000",
+                      std::to_string(options.pool_max_size));
   if (options.pool_min_size > options.pool_max_size)
     return bad_option("pool_min_size", fmt::format("at most pool_max_size ({})", options.pool_max_size),
                       std::to_string(options.pool_min_size));
-  if (options.command_timeout <= 0) return bad_option("command_timeout", "a number above 0", fmt::format("{} ns", options.command_timeout));
-  if (options.connect_timeout <= 0) return bad_option("connect_timeout", "a number above 0", fmt::format("{} ns", options.connect_timeout));
+  if (options.command_timeout <= 0)
+    return bad_option("command_timeout", "a number above 0", fmt::format("{} ns", options.command_timeout));
+  if (options.connect_timeout <= 0)
+    return bad_option("connect_timeout", "a number above 0", fmt::format("{} ns", options.connect_timeout));
   if (auto bad = statement_cache(options.statement_cache); !bad.ok()) return bad.status();
   if (auto bad = durability(options.synchronous_commit); !bad.ok()) return bad.status();
   Result<ConnInfo> info = parse_conninfo(options.url);
   if (!info.ok()) return info.status();
-  return std::unique_ptr<store::Store>(new PostgresStore(io, clock, std::move(options), std::move(names.value()),
-                                                         std::move(info.value())));
+  return std::unique_ptr<store::Store>(
+      new PostgresStore(io, clock, std::move(options), std::move(names.value()), std::move(info.value())));
 }
 
-PostgresStore::PostgresStore(asio::io_context& io, const Clock& clock, PostgresOptions options, TableNames names,
-                             ConnInfo info)
+PostgresStore::PostgresStore(asio::io_context& io, const Clock& clock, PostgresOptions options,
+                             TableNames names, ConnInfo info)
     : clock_(clock),
       options_(std::move(options)),
       names_(std::move(names)),
@@ -105,7 +114,8 @@ PostgresStore::PostgresStore(asio::io_context& io, const Clock& clock, PostgresO
   pool.acquire_timeout = options_.connect_timeout;
   pool_ = PgPool::create(io, info_, connection, pool);
   // A pooler's session is everybody's: leave it as it is.
-  if (connection.statement_cache == ConnectionOptions::StatementCache::automatic) pool_->set_setup(set_up_session);
+  if (connection.statement_cache == ConnectionOptions::StatementCache::automatic)
+    pool_->set_setup(set_up_session);
 
   LimitStoreOptions limits;
   limits.durability = durability(options_.synchronous_commit).value();
@@ -239,7 +249,8 @@ void PostgresStore::initialize(store::Callback<store::Unit> done) {
 
 void PostgresStore::migrate(bool dry_run, store::Callback<std::vector<store::MigrationStep>> done) {
   if (!names_.can_migrate())
-    return done(bad_option("table_name", "at most 51 bytes for migrations", fmt::format("{} bytes", names_.state.size())));
+    return done(bad_option("table_name", "at most 51 bytes for migrations",
+                           fmt::format("{} bytes", names_.state.size())));
   pool_->get([this, dry_run, done = std::move(done), alive = alive_](Result<PgPool::Lease> got) mutable {
     if (!*alive || !got.ok()) return done(got.status());
     const PgPool::Lease connection = got.value();
@@ -253,7 +264,8 @@ void PostgresStore::migrate(bool dry_run, store::Callback<std::vector<store::Mig
       std::string script = migration_script(names_, steps);
       if (dry_run || script.empty()) return finish(std::move(steps));
       count(1);
-      connection->run_script(std::move(script), [this, done, connection, alive, steps = std::move(steps)](Status status) mutable {
+      connection->run_script(std::move(script), [this, done, connection, alive,
+                                                 steps = std::move(steps)](Status status) mutable {
         if (!*alive) return;
         pool_->put(connection);
         ready_ = false;
@@ -311,11 +323,13 @@ LEFT JOIN pg_catalog.pg_class AS c ON c.relnamespace = n.oid AND c.relname = nam
   std::vector<Call> calls;
   calls.push_back({&query, {Param::text(names_.schema), Param::text(names_.state)}});
   const auto wall = [] {
-    return std::chrono::duration_cast<std::chrono::microseconds>(std::chrono::system_clock::now().time_since_epoch())
+    return std::chrono::duration_cast<std::chrono::microseconds>(
+               std::chrono::system_clock::now().time_since_epoch())
         .count();
   };
   const std::int64_t before = wall();
-  checkup->connection->run(std::move(calls), [this, checkup, alive = alive_, wall, before](PipelineResult result) {
+  checkup->connection->run(std::move(calls), [this, checkup, alive = alive_, wall,
+                                              before](PipelineResult result) {
     if (!*alive) return;
     const std::int64_t after = wall();
     const Catalogue& found = checkup->catalogue;
@@ -327,19 +341,21 @@ LEFT JOIN pg_catalog.pg_class AS c ON c.relnamespace = n.oid AND c.relname = nam
     if (result.status.ok() && result.results[0]->rows() == 1) {
       const Rows& row = *result.results[0];
       const std::int64_t skew = row.integer(0, 0) - (before + after) / 2;
-      checkup->add(std::abs(skew) > 1'000'000 ? Level::warning : Level::ok, "clock",
-                   fmt::format("the server's clock is {:.3f} s ahead of this host's; limits use the server's alone",
-                               static_cast<double>(skew) / 1e6));
+      checkup->add(
+          std::abs(skew) > 1'000'000 ? Level::warning : Level::ok, "clock",
+          fmt::format("the server's clock is {:.3f} s ahead of this host's; limits use the server's alone",
+                      static_cast<double>(skew) / 1e6));
       const auto most = static_cast<std::size_t>(row.integer(0, 1));
       checkup->add(options_.pool_max_size * 4 > most ? Level::warning : Level::ok, "connections",
                    fmt::format("pool_max_size is {} of the server's max_connections {}, for each process",
                                options_.pool_max_size, most));
       if (!row.is_null(0, 2)) {
         const std::int64_t rows = row.integer(0, 3);
-        checkup->add(Level::ok, "size",
-                     fmt::format("{} bytes with indexes, {}{}", row.integer(0, 2),
-                                 rows < 0 ? std::string("rows not counted yet") : fmt::format("about {} rows", rows),
-                                 row.boolean(0, 4) ? ", unlogged: a crash of the server empties it" : ""));
+        checkup->add(
+            Level::ok, "size",
+            fmt::format("{} bytes with indexes, {}{}", row.integer(0, 2),
+                        rows < 0 ? std::string("rows not counted yet") : fmt::format("about {} rows", rows),
+                        row.boolean(0, 4) ? ", unlogged: a crash of the server empties it" : ""));
       }
     } else if (!result.status.ok()) {
       checkup->add(Level::warning, "size", result.status.message);

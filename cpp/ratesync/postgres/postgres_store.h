@@ -32,9 +32,9 @@ struct PostgresOptions {
   // auto: pure rates do not wait for the disk, max_concurrent does. on: as the server is
   // configured. off: nothing waits.
   std::string synchronous_commit = "auto";
-  bool unlogged = false;                // auto_create makes UNLOGGED tables: emptied by a crash
+  bool unlogged = false;                 // auto_create makes UNLOGGED tables: emptied by a crash
   std::string statement_cache = "auto";  // auto: unless a pooler sits in between
-  std::size_t lanes = 2;                // trips at the same time, for rates and for slots each
+  std::size_t lanes = 2;                 // trips at the same time, for rates and for slots each
 };
 
 class PostgresStore final : public store::Store, private LimitBackend {
@@ -58,7 +58,8 @@ class PostgresStore final : public store::Store, private LimitBackend {
   using OnCatalogue = std::function<void(Result<Catalogue>)>;
   struct Checkup;
 
-  PostgresStore(asio::io_context& io, const Clock& clock, PostgresOptions options, TableNames names, ConnInfo info);
+  PostgresStore(asio::io_context& io, const Clock& clock, PostgresOptions options, TableNames names,
+                ConnInfo info);
 
   // LimitBackend
   void when_ready(Connection::Done done) override;

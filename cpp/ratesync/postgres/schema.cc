@@ -61,7 +61,8 @@ std::string missing_columns(const Catalogue::Table& table, const char* const (&w
 
 std::string create_state(const TableNames& n, const Catalogue& found, const SchemaOptions& options) {
   std::string sql;
-  if (!found.schema_exists) sql += fmt::format("CREATE SCHEMA IF NOT EXISTS {};\n", quote_identifier(n.schema));
+  if (!found.schema_exists)
+    sql += fmt::format("CREATE SCHEMA IF NOT EXISTS {};\n", quote_identifier(n.schema));
   sql += fmt::format(
       "CREATE {}TABLE IF NOT EXISTS {} (\n"
       "    group_id VARCHAR(255) PRIMARY KEY,\n"
@@ -111,7 +112,8 @@ std::string convert_legacy(const TableNames& n) {
       "UPDATE {0} SET current_concurrent = 0 WHERE current_concurrent IS NULL;\n"
       "ALTER TABLE {0}\n"
       "    ALTER COLUMN version DROP DEFAULT,\n"
-      "    ALTER COLUMN version TYPE INTEGER USING (((coalesce(version, 1) - 1) % 2147483647 + 2147483647) % 2147483647 "
+      "    ALTER COLUMN version TYPE INTEGER USING (((coalesce(version, 1) - 1) % 2147483647 + 2147483647) % "
+      "2147483647 "
       "+ 1)::integer,\n"
       "    ALTER COLUMN version SET DEFAULT 1,\n"
       "    ALTER COLUMN version SET NOT NULL,\n"
@@ -150,7 +152,8 @@ std::string TableNames::quoted(const std::string& table) const {
 }
 
 bool Catalogue::legacy() const {
-  return state.exists && state.columns.contains("concurrent_count") && !state.columns.contains("current_concurrent");
+  return state.exists && state.columns.contains("concurrent_count") &&
+         !state.columns.contains("current_concurrent");
 }
 
 bool Catalogue::leases_usable() const {
@@ -167,7 +170,8 @@ std::vector<Param> catalogue_params(const TableNames& n) {
 }
 
 Result<Catalogue> read_catalogue(const TableNames& names, const Rows& rows) {
-  if (rows.columns() != 7) return Status::make(Code::protocol, "the catalogue query returned an unexpected shape");
+  if (rows.columns() != 7)
+    return Status::make(Code::protocol, "the catalogue query returned an unexpected shape");
   Catalogue out;
   std::map<std::string, Catalogue::Table> tables;
   for (int r = 0; r < rows.rows(); ++r) {
@@ -222,14 +226,15 @@ std::string migration_script(const TableNames& n, const std::vector<MigrationSte
     if (step.applied) continue;
     // The record needs the schema, which the first step may have to create.
     (step.number == 1 ? before : after) += step.sql;
-    after += fmt::format("INSERT INTO {} (number, name) VALUES ({}, {}) ON CONFLICT (number) DO NOTHING;\n", record,
-                         step.number, literal(step.name));
+    after += fmt::format("INSERT INTO {} (number, name) VALUES ({}, {}) ON CONFLICT (number) DO NOTHING;\n",
+                         record, step.number, literal(step.name));
   }
   return fmt::format(
       "BEGIN ISOLATION LEVEL READ COMMITTED;\n"
       "SELECT pg_advisory_xact_lock(hashtextextended({}, 0));\n"
       "{}"
-      "CREATE TABLE IF NOT EXISTS {} (number BIGINT PRIMARY KEY, name TEXT NOT NULL, applied_at TIMESTAMPTZ NOT NULL "
+      "CREATE TABLE IF NOT EXISTS {} (number BIGINT PRIMARY KEY, name TEXT NOT NULL, applied_at TIMESTAMPTZ "
+      "NOT NULL "
       "DEFAULT NOW());\n"
       "{}"
       "COMMIT;\n",
@@ -242,35 +247,46 @@ Status check_catalogue(const TableNames& n, const Catalogue& found, bool auto_cr
   };
   const std::string table = n.quoted(n.state);
   if (found.in_recovery)
-    return Status::make(Code::unavailable,
-                        "the server is a standby and read-only: add target_session_attrs=read-write to the url and "
-                        "list all hosts",
-                        "25006");
+    return Status::make(
+        Code::unavailable,
+        "the server is a standby and read-only: add target_session_attrs=read-write to the url and "
+        "list all hosts",
+        "25006");
   const std::string create_hint =
-      auto_create ? fmt::format("auto_create = true could not make it: GRANT CREATE ON SCHEMA {} TO {};",
-                                quote_identifier(n.schema), quote_identifier(found.user))
-                  : "set auto_create = true, run `ratesync migrate`, or create it by hand, and check table_name and "
-                    "schema_name";
+      auto_create
+          ? fmt::format("auto_create = true could not make it: GRANT CREATE ON SCHEMA {} TO {};",
+                        quote_identifier(n.schema), quote_identifier(found.user))
+          : "set auto_create = true, run `ratesync migrate`, or create it by hand, and check table_name and "
+            "schema_name";
   if (!found.schema_exists)
     return fail("3F000", fmt::format("schema {} does not exist, so neither does table {}: {}",
                                      quote_identifier(n.schema), table, create_hint));
-  if (!found.state.exists) return fail("42P01", fmt::format("table {} does not exist: {}", table, create_hint));
+  if (!found.state.exists)
+    return fail("42P01", fmt::format("table {} does not exist: {}", table, create_hint));
   if (!found.schema_usage || !writable(found.state))
     return fail("42501", fmt::format("permission denied on table {} for role {}: run as its owner: {}", table,
                                      quote_identifier(found.user), state_grants(n, found)));
   if (found.legacy())
-    return fail("42703", fmt::format("table {} was made by rate-sync 0.2: run `ratesync migrate` as its owner, or:\n{}",
-                                     table, convert_legacy(n)));
+    return fail(
+        "42703",
+        fmt::format("table {} was made by rate-sync 0.2: run `ratesync migrate` as its owner, or:\n{}", table,
+                    convert_legacy(n)));
   if (const std::string missing = missing_columns(found.state, kStateColumns); !missing.empty())
-    return fail("42703", fmt::format("table {} is not a rate limiter table: column(s) {} missing; check table_name and "
-                                     "schema_name", table, missing));
+    return fail(
+        "42703",
+        fmt::format("table {} is not a rate limiter table: column(s) {} missing; check table_name and "
+                    "schema_name",
+                    table, missing));
   if (!found.group_key)
-    return fail("42P10", fmt::format("table {} has no unique index on group_id: ALTER TABLE {} ADD PRIMARY KEY "
-                                     "(group_id);", table, table));
+    return fail("42P10",
+                fmt::format("table {} has no unique index on group_id: ALTER TABLE {} ADD PRIMARY KEY "
+                            "(group_id);",
+                            table, table));
   // Counting without leases beside others who count with them would grant too much.
   if (found.leases.exists && !found.leases_usable())
-    return fail("42501", fmt::format("table {} exists, but role {} may not use it: run as its owner: {}",
-                                     n.quoted(n.leases), quote_identifier(found.user), lease_grants(n, found)));
+    return fail("42501",
+                fmt::format("table {} exists, but role {} may not use it: run as its owner: {}",
+                            n.quoted(n.leases), quote_identifier(found.user), lease_grants(n, found)));
   return Status::success();
 }
 
@@ -286,28 +302,37 @@ std::vector<Finding> schema_findings(const TableNames& n, const Catalogue& found
     add(Level::error, "table", status.message);
   } else {
     add(Level::ok, "table", fmt::format("{} has all columns", table));
-    add(Level::ok, "grants", fmt::format("role {} may select, insert and update", quote_identifier(found.user)));
+    add(Level::ok, "grants",
+        fmt::format("role {} may select, insert and update", quote_identifier(found.user)));
   }
   if (found.state.exists && !found.updated_index)
     add(Level::warning, "index",
-        n.index.empty() ? fmt::format("{} has no index on updated_at", table)
-                        : fmt::format("{0} has no index on updated_at, clean-up of old rows will be slow: CREATE INDEX "
-                                      "{1} ON {0} (updated_at);", table, quote_identifier(n.index)));
+        n.index.empty()
+            ? fmt::format("{} has no index on updated_at", table)
+            : fmt::format("{0} has no index on updated_at, clean-up of old rows will be slow: CREATE INDEX "
+                          "{1} ON {0} (updated_at);",
+                          table, quote_identifier(n.index)));
   if (!n.can_migrate())
     add(Level::warning, "leases",
-        fmt::format("table_name {} is too long for the names derived from it (at most 51 bytes): max_concurrent works "
-                    "without expiry of dead holders", quote_identifier(n.state)));
+        fmt::format("table_name {} is too long for the names derived from it (at most 51 bytes): "
+                    "max_concurrent works "
+                    "without expiry of dead holders",
+                    quote_identifier(n.state)));
   else if (!found.leases.exists)
     add(Level::warning, "leases",
-        fmt::format("table {} is missing: max_concurrent works through current_concurrent, and slots of a process that "
-                    "dies are never given back; run `ratesync migrate` as the owner, then restart the applications",
-                    n.quoted(n.leases)));
+        fmt::format(
+            "table {} is missing: max_concurrent works through current_concurrent, and slots of a process "
+            "that "
+            "dies are never given back; run `ratesync migrate` as the owner, then restart the applications",
+            n.quoted(n.leases)));
   else if (found.leases_usable())
     add(Level::ok, "leases", fmt::format("{} is there: slots of dead holders expire", n.quoted(n.leases)));
   if (found.isolation != "read committed")
     add(Level::warning, "isolation",
-        fmt::format("default_transaction_isolation is {}: correct, but conflicts are retried; ALTER ROLE {} SET "
-                    "default_transaction_isolation = 'read committed';", found.isolation, quote_identifier(found.user)));
+        fmt::format(
+            "default_transaction_isolation is {}: correct, but conflicts are retried; ALTER ROLE {} SET "
+            "default_transaction_isolation = 'read committed';",
+            found.isolation, quote_identifier(found.user)));
   return out;
 }
 

@@ -1,0 +1,185 @@
+// Limits over a connection that hangs, dies or comes back: what callers are told, what is counted
+// twice or lost, and that it recovers.
+#include "limit_rig.h"
+#include "tcp_proxy.h"
+
+using namespace ratesync;
+using namespace ratesync::testing;
+using namespace ratesync::postgres;
+using store::Verdict;
+
+namespace {
+
+std::string through(const TcpProxy& proxy, const std::string& url) {
+  const ConnInfo info = parse_conninfo(url).value();
+  std::string out = "host=127.0.0.1 port=" + std::to_string(proxy.port());
+  for (const auto& [key, value] : info.settings) out += " " + key + "='" + value + "'";
+  return out;
+}
+
+std::uint16_t port_of(const std::string& url) {
+  return static_cast<std::uint16_t>(std::stoi(parse_conninfo(url).value().hosts.front().port));
+}
+
+// A store behind a proxy on a loop of its own thread's choosing: the process drives both.
+struct Behind {
+  explicit Behind(const Schema& schema, Nanos command_timeout = kSecond / 5)
+      : url(PostgresServer::instance().url()),
+        proxy(std::make_unique<TcpProxy>(proxy_io, port_of(url))),
+        process(std::make_unique<Process>(schema, [&](PostgresOptions& options) {
+          options.url = through(*proxy, url);
+          options.command_timeout = command_timeout;
+          options.connect_timeout = kSecond / 2;
+        })) {}
+  // Both loops turn until `ready`.
+  bool until(const std::function<bool()>& ready) {
+    return process->until([&] {
+      proxy_io.restart();
+      proxy_io.poll();
+      return ready();
+    });
+  }
+  store::AcquireReply acquire(const store::GroupRef& group) {
+    Request request;
+    request.group = group;
+    process->store->limits()->acquire(&request);
+    EXPECT_TRUE(until([&] { return request.answered; }));
+    return request.reply;
+  }
+  void heal() {
+    const std::uint16_t port = proxy->port();
+    proxy.reset();
+    proxy_io.restart();
+    proxy_io.poll();
+    proxy = std::make_unique<TcpProxy>(proxy_io, port_of(url), port);
+  }
+  ~Behind() {
+    bool closed = false;
+    process->store->close([&] { closed = true; });
+    EXPECT_TRUE(until([&] { return closed; }));
+    process->store.reset();
+  }
+
+  std::string url;
+  asio::io_context proxy_io;
+  std::unique_ptr<TcpProxy> proxy;
+  std::unique_ptr<Process> process;
+};
+
+}  // namespace
+
+TEST(PostgresFault, AnAnswerThatIsLostLeavesTheCallerInDoubtAndTheNextOneIsServed) {
+  Schema schema;
+  Behind p(schema);
+  const auto group = make_group("api", 1000);
+  ASSERT_EQ(p.acquire(group).verdict, Verdict::granted);
+  p.proxy->stall();
+  EXPECT_EQ(p.acquire(group).status.code, Code::in_doubt);
+  p.heal();
+  EXPECT_TRUE(p.until([&] { return p.acquire(group).status.ok(); })) << "and it recovers";
+}
+
+TEST(PostgresFault, SlotsOfALostAnswerAreGivenBackByTheNextStatement) {
+  Schema schema;
+  Behind p(schema);
+  const auto group = make_group("jobs", 0, 1, 4);
+  ASSERT_EQ(p.acquire(group).verdict, Verdict::granted);
+  p.proxy->stall();
+  EXPECT_EQ(p.acquire(group).status.code, Code::in_doubt);
+  Witness witness;
+  const std::string slots =
+      "SELECT coalesce(sum(slots), 0) FROM " + schema.table("rate_limiter_state_leases");
+  EXPECT_EQ(witness.value(slots), "2") << "granted at the server, unknown to anybody";
+  p.heal();
+  EXPECT_TRUE(p.until([&] { return witness.value(slots) == "1"; })) << "nobody had to ask for it";
+}
+
+TEST(PostgresFault, SlotsReleasedWhileTheServerIsAwayAreFreedWhenItIsBack) {
+  Schema schema;
+  Behind p(schema);
+  const auto group = make_group("jobs", 0, 1, 4);
+  const store::AcquireReply held = p.acquire(group);
+  p.proxy->stall();
+  p.process->store->limits()->release(group, held.holder);
+  EXPECT_NE(p.acquire(make_group("other", 0, 1, 4)).status.code, Code::ok);
+  p.heal();
+  Witness witness;
+  const std::string slots =
+      "SELECT count(*) FROM " + schema.table("rate_limiter_state_leases") + " WHERE group_id = 'jobs'";
+  EXPECT_TRUE(p.until([&] { return witness.value(slots) == "0"; }));
+}
+
+TEST(PostgresFault, AHolderThatCannotRenewKnowsItLostItsSlotWhenTheLeaseIsOver) {
+  Schema schema;
+  Behind p(schema);
+  const auto group = make_group("jobs", 0, 1, 4, kSecond / 2);
+  std::vector<store::HolderId> lost;
+  p.process->store->limits()->on_lost([&](const std::string&, store::HolderId id) { lost.push_back(id); });
+  const Nanos start = p.process->clock.now();
+  const store::AcquireReply held = p.acquire(group);
+  p.proxy->stall();
+  EXPECT_TRUE(p.until([&] { return !lost.empty(); }));
+  EXPECT_EQ(lost, std::vector<store::HolderId>{held.holder});
+  EXPECT_GE(p.process->clock.now() - start, kSecond / 2);
+  EXPECT_LE(p.process->clock.now() - start, 2 * kSecond)
+      << "not later than others may take the slot, give or take a tick";
+  p.heal();
+  EXPECT_TRUE(p.until([&] { return p.acquire(group).verdict == Verdict::granted; })) << "and it recovers";
+}
+
+TEST(PostgresFault, OneBadRowFailsAloneAndItsNeighboursAreGranted) {
+  Schema schema;
+  Process p(schema);
+  ASSERT_TRUE(p.initialize().ok());
+  // A table that refuses one group: what a trigger or a check of the user's may do.
+  Witness().script("ALTER TABLE " + schema.table() + " ADD CHECK (group_id <> 'k13')");
+  std::vector<Request> requests(30);
+  std::size_t answered = 0;
+  for (std::size_t i = 0; i < requests.size(); ++i) {
+    requests[i].group = make_group("k" + std::to_string(i), 10);
+    requests[i].then = [&](Request&) { ++answered; };
+  }
+  for (Request& request : requests) p.store->limits()->acquire(&request);
+  ASSERT_TRUE(p.until([&] { return answered == requests.size(); }));
+  for (std::size_t i = 0; i < requests.size(); ++i) {
+    EXPECT_EQ(requests[i].granted(), i != 13) << i << requests[i].reply.status.message;
+    EXPECT_EQ(requests[i].reply.wait, 0) << "charged once: the refused trip left nothing";
+  }
+  EXPECT_EQ(requests[13].reply.status.sqlstate, "23514");
+}
+
+TEST(PostgresFault, ALockHeldByAnotherSessionDelaysButTheClockIsReadAfterTheWait) {
+  Schema schema;
+  Process p(schema);
+  const auto group = make_group("api", 10, 1);
+  p.acquire(group);
+  Witness blocker;
+  blocker.script("UPDATE " + schema.table() + " SET last_acquisition_at = now() - interval '1 minute'");
+  // 0.3 s in which the row is locked; by then the limiter is idle.
+  std::optional<PipelineResult> blocked;
+  const Statement lock{
+      "", "UPDATE " + schema.table() +
+              " SET last_acquisition_at = clock_timestamp() WHERE group_id = 'api' RETURNING pg_sleep(0.3)"};
+  asio::io_context io;
+  auto connection = Connection::create(io, parse_conninfo(PostgresServer::instance().url()).value(), {});
+  bool connected = false;
+  connection->connect([&](Status s) { connected = s.ok(); });
+  ASSERT_TRUE(run_until(io, [&] { return connected; }));
+  std::vector<Call> calls;
+  calls.push_back({&lock, {}});
+  connection->run(std::move(calls), [&](PipelineResult r) { blocked = std::move(r); });
+  Witness witness;
+  ASSERT_TRUE(run_until(io, [&] {
+    return witness.value("SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'") != "0";
+  }));
+  Request request;
+  request.group = group;
+  p.store->limits()->acquire(&request);
+  ASSERT_TRUE(p.until([&] {
+    io.restart();
+    io.poll();
+    return request.answered && blocked.has_value();
+  }));
+  EXPECT_EQ(request.reply.wait, 0) << "0.3 s after the last grant a tenth of a second has passed";
+  connection->close();
+}
