@@ -71,7 +71,7 @@ fmt:
 
 bench:
 	tools/setup.sh bench
-	$(PY) benchmarks/run.py
+	$(PY) -m benchmarks $(BENCH_ARGS)
 
 docs:
 	tools/setup.sh docs

@@ -257,7 +257,9 @@ class RateLimiter(Limiter):
         """The state of the limit, or of a key's, as the store sees it. Charges nothing."""
         seen: dict[str, Any] = yield self._peek(key)
         available, in_use = int(seen["available"]), int(seen["in_use"])
-        used = self.burst - available if self.rate_per_second is not None else 0
+        used = 0
+        if self.rate_per_second is not None:  # `available` would also count slots that are not free
+            used = min(self.burst, math.ceil(seen["full_after"] * self.rate_per_second - 1e-6))
         if self.max_concurrent is not None:
             available = min(available, max(0, self.max_concurrent - in_use))
         return LimiterState(

@@ -256,10 +256,7 @@ PyObject* finish_acquire(PermitObject* permit, AcquireTask& task, Mode mode, boo
       return raise_denied(impl, task.group->id, task.why == store::Verdict::rate_limited ? "rate" : "concurrency",
                           task.retry_after);
     case Outcome::failed:
-      if (task.status.code == Code::unavailable || task.status.code == Code::in_doubt ||
-          task.status.code == Code::timeout ||
-          (task.status.code == Code::server && task.limiter->policy.fail_closed))
-        return raise_denied(impl, task.group->id, "outage: " + task.status.message, 0);
+      if (task.outage) return raise_denied(impl, task.group->id, "outage: " + task.status.message, 0);
       return raise_status(task.status, impl.store_id);
     case Outcome::cancelled:
       PyErr_SetNone(state().cancelled_error);

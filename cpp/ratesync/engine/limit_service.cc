@@ -103,6 +103,7 @@ void LimitService::start(AcquireTask* task) {
     task->status = Status::make(Code::closed, "the engine was shut down; configure the store again to go on");
     return finish(task, Outcome::failed);
   }
+  task->order = ++arrivals_;
   if (GroupState* group = find(task->group->id); group && !group->waiters.empty()) {
     // Others wait for a slot of this group: nobody overtakes them.
     if (task->deadline <= timers_.now()) {
@@ -148,6 +149,20 @@ void LimitService::replied(AcquireTask* task) {
   switch (task->reply.verdict) {
     case Verdict::granted:
       if (was_waiting) leave_waiters(task);
+      if (AcquireTask* first = overtaken(task)) {
+        // It was under way when the other was refused, and a slot came free in between: the grant
+        // goes to whoever came first, and this one takes a place in the queue.
+        first->reply = std::move(task->reply);
+        task->reply = {};
+        leave_waiters(first);
+        if (task->deadline > now) {
+          enqueue(task);
+        } else {
+          task->why = Verdict::concurrency_full;
+          finish(task, Outcome::refused);
+        }
+        return granted(first);
+      }
       return granted(task);
     case Verdict::rate_limited:
       if (was_waiting) leave_waiters(task);
@@ -170,6 +185,17 @@ void LimitService::replied(AcquireTask* task) {
       if (was_waiting) return plan_poll(state_of(task->group));
       return enqueue(task);
   }
+}
+
+// The first waiter of the group that came before this one and would take the same grant.
+AcquireTask* LimitService::overtaken(AcquireTask* task) {
+  GroupState* group = find(task->group->id);
+  if (!group) return nullptr;
+  for (AcquireTask* waiter : group->waiters) {
+    if (waiter->order > task->order) return nullptr;
+    if (!waiter->asking_ && waiter->cost == task->cost) return waiter;
+  }
+  return nullptr;
 }
 
 PermitRef LimitService::hold(AcquireTask* task) {
@@ -249,11 +275,12 @@ void LimitService::leave_sleepers(AcquireTask* task) {
   run.slots.pop_back();
   run.sleepers.erase(task->place_);
   --waiting_;
-  refund(task->group, task->cost, last.stamp);
-  if (!run.slots.empty()) return;
-  group.runs.erase(task->run_);
-  set_alarm(group);
-  drop_if_idle(group);
+  if (run.slots.empty()) {
+    group.runs.erase(task->run_);
+    set_alarm(group);
+  }
+  pass_on(task->group, task->cost, last);  // may wake others, and `group` go with them
+  if (GroupState* left = find(task->group->id)) drop_if_idle(*left);
 }
 
 // A slot whose owner does not want it goes to the next sleeper of the same cost, and so on; the last
@@ -261,24 +288,20 @@ void LimitService::leave_sleepers(AcquireTask* task) {
 void LimitService::pass_on(const store::GroupRef& ref, std::int64_t cost, RateSlot slot) {
   GroupState* group = find(ref->id);
   const Nanos now = timers_.now();
-  SleeperRun* next = nullptr;
   // Used much later than dealt, it would come on top of the slots that follow it.
-  if (group && slot.at >= now - ref->pace.margin) {
-    for (SleeperRun& run : group->runs) {
-      if (run.slots.back().at <= slot.at) continue;
-      if (run.cost == cost) next = &run;
-      break;
-    }
+  if (!group || slot.at < now - ref->pace.margin) return refund(ref, cost, slot.stamp);
+  for (SleeperRun& run : group->runs) {
+    if (run.slots.back().at <= slot.at) continue;
+    if (run.cost != cost) break;
+    const auto place = std::upper_bound(run.slots.begin(), run.slots.end(), slot.at,
+                                        [](Nanos at, const RateSlot& other) { return at < other.at; });
+    run.slots.insert(place, slot);
+    slot = run.slots.back();
+    run.slots.pop_back();
+    if (run.slots.front().at < group->alarm_at) set_alarm(*group);
   }
-  if (!next) return refund(ref, cost, slot.stamp);
-  next->slots.insert(std::upper_bound(next->slots.begin(), next->slots.end(), slot.at,
-                                      [](Nanos at, const RateSlot& other) { return at < other.at; }),
-                     slot);
-  const RateSlot last = next->slots.back();
-  next->slots.pop_back();
-  refund(ref, cost, last.stamp);
-  if (next->slots.front().at <= now) return due(*group);
-  if (next->slots.front().at < group->alarm_at) set_alarm(*group);
+  refund(ref, cost, slot.stamp);
+  if (group->alarm_at <= now) due(*group);
 }
 
 void LimitService::refund(const store::GroupRef& ref, std::int64_t cost, std::int64_t stamp) {
@@ -293,7 +316,9 @@ void LimitService::refund(const store::GroupRef& ref, std::int64_t cost, std::in
 void LimitService::enqueue(AcquireTask* task) {
   GroupState& group = state_of(task->group);
   task->state_ = AcquireTask::State::waiting;
-  task->place_ = group.waiters.insert(group.waiters.end(), task);
+  auto place = group.waiters.end();
+  while (place != group.waiters.begin() && (*std::prev(place))->order > task->order) --place;
+  task->place_ = group.waiters.insert(place, task);
   ++waiting_;
   if (task->deadline != kForever) timers_.arm(*task, task->deadline);
   waiters_changed(group);
@@ -485,7 +510,8 @@ void LimitService::cancel(AcquireTask* task, Outcome outcome) {
 
 void LimitService::outage(AcquireTask* task, Status status) {
   task->status = std::move(status);
-  if (!is_outage(task->status)) return finish(task, Outcome::failed);
+  task->outage = is_outage(task->status);
+  if (!task->outage) return finish(task, Outcome::failed);
   if (task->limiter->policy.fail_closed) return finish(task, Outcome::failed);
   finish(task, Outcome::passed_open);
 }

@@ -126,6 +126,7 @@ class AcquireTask final : public Completion, public store::AcquireOp, public Tim
   Outcome outcome = Outcome::granted;
   store::Verdict why = store::Verdict::granted;
   Status status;
+  bool outage = false;    // status is one that the failure policy answers
   Nanos waited = 0;
   Nanos retry_after = 0;
   std::int64_t remaining = 0;
@@ -206,6 +207,7 @@ class LimitService final : public TimerNode {
   void send(AcquireTask* task);
   void replied(AcquireTask* task);
   void granted(AcquireTask* task);
+  AcquireTask* overtaken(AcquireTask* task);
   void enqueue(AcquireTask* task);
   void ask(GroupState& group, std::size_t slots);
   void poll(GroupState& group);
@@ -235,6 +237,7 @@ class LimitService final : public TimerNode {
   std::list<AcquireTask*> in_store_;  // oldest first
   Nanos last_answer_ = 0;
   std::size_t waiting_ = 0;
+  std::uint64_t arrivals_ = 0;
   bool closing_ = false;
   std::minstd_rand random_;
 };

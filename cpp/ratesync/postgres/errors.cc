@@ -65,7 +65,7 @@ std::string cure(std::string_view sqlstate, const ErrorContext& c) {
     return "A statement_timeout of the server or the role is shorter than the command_timeout.";
   if (sqlstate == "53100") return "The disk of the server is full.";
   if (sqlstate == "26000" || sqlstate == "42P05")
-    return "A pooler that moves sessions sits in between: set statement_cache to \"off\" or \"automatic\".";
+    return "A pooler that moves sessions sits in between: set statement_cache to \"off\" or \"auto\".";
   return {};
 }
 

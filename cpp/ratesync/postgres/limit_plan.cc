@@ -113,6 +113,30 @@ std::int64_t MicroRate::available(std::int64_t ahead) const {
   return units >= static_cast<double>(burst) ? burst : static_cast<std::int64_t>(units + 1e-9);
 }
 
+namespace {
+
+// Who was refused and asks again is older than those who came meanwhile: of the acquires, the
+// earliest arrival goes first. All else keeps its place.
+OpList in_order_of_arrival(const OpList& pending) {
+  OpList acquires;
+  bool sorted = true;
+  for (QueuedOp* op : pending) {
+    if (op->kind != QueuedOp::Kind::acquire) continue;
+    if (!acquires.empty() && op->acquire->order < acquires.back()->acquire->order) sorted = false;
+    acquires.push_back(op);
+  }
+  OpList out = pending;
+  if (sorted) return out;
+  std::stable_sort(acquires.begin(), acquires.end(),
+                   [](const QueuedOp* a, const QueuedOp* b) { return a->acquire->order < b->acquire->order; });
+  auto next = acquires.begin();
+  for (QueuedOp*& op : out)
+    if (op->kind == QueuedOp::Kind::acquire) op = *next++;
+  return out;
+}
+
+}  // namespace
+
 TripPlan plan_trip(const OpList& pending, Nanos now, std::size_t max_layers) {
   TripPlan out;
   out.now = now;
@@ -121,7 +145,7 @@ TripPlan plan_trip(const OpList& pending, Nanos now, std::size_t max_layers) {
   std::vector<std::string_view> ids;
   const store::Group* latest = nullptr;  // a hot group does not pay for the look-up
   std::size_t at = 0;
-  for (QueuedOp* op : pending) {
+  for (QueuedOp* op : in_order_of_arrival(pending)) {
     if (op->kind == QueuedOp::Kind::peek) {
       out.peeks.push_back(op);
       continue;

@@ -56,6 +56,7 @@ struct AcquireOp {
   GroupRef group;
   std::int64_t cost = 1;
   Nanos deadline = kForever;  // on the engine's clock: no slot later than this is wanted. now = try once
+  std::uint64_t order = 0;    // of arrival in this process: of one group, lower goes first
   AcquireReply reply;
 
   virtual ~AcquireOp() = default;
