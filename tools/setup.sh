@@ -56,14 +56,12 @@ find_missing() {
     command -v initdb >/dev/null || need_file postgresql '/usr/lib/postgresql/*/bin/initdb' ;;
   esac
   case $verb in test|test-all|lint|all) need_file libgtest-dev '/usr/include/gtest/gtest.h' ;; esac
+  case $verb in test|test-all|all) PATH=$PATH:/usr/sbin need_command pgbouncer pgbouncer ;; esac
   case $verb in lint|all)
     need_command clang-format clang-format
     need_command clang-tidy clang-tidy ;;
   esac
-  case $verb in test-all|all)
-    need_command pgbouncer pgbouncer
-    need_command maven mvn ;;
-  esac
+  case $verb in test-all|all) need_command maven mvn ;; esac
 }
 
 install_missing() {
