@@ -91,9 +91,11 @@ TEST(Gcra, NoIntervalEverCarriesMoreThanRateTimesSpanPlusBurst) {
       now += static_cast<Nanos>(std::uniform_real_distribution<>(0, 3 * interval)(random));
       const std::int64_t cost = 1 + static_cast<std::int64_t>(random() % burst);
       const std::int64_t n = 1 + static_cast<std::int64_t>(random() % 4);
-      const Nanos patience = random() % 2 ? 0 : static_cast<Nanos>(random() % static_cast<Nanos>(5 * interval + 1));
+      const Nanos patience =
+          random() % 2 ? 0 : static_cast<Nanos>(random() % static_cast<Nanos>(5 * interval + 1));
       const Deal d = deal(p, tat, now, n, cost, patience);
-      for (std::int64_t k = 0; k < d.granted; ++k) grants.emplace_back(now + wait_of(p, tat, now, cost, k), cost);
+      for (std::int64_t k = 0; k < d.granted; ++k)
+        grants.emplace_back(now + wait_of(p, tat, now, cost, k), cost);
       if (d.granted < n) {
         EXPECT_EQ(deal(p, d.tat, now, 1, cost, patience).granted, 0);
       }

@@ -13,6 +13,7 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
+
 from ratesync._engine import Engine, Limiter
 
 pytestmark = pytest.mark.timeout(20)

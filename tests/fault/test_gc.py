@@ -12,6 +12,7 @@ import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
+
 from ratesync._engine import Engine, Limiter, Permit
 from ratesync.errors import RateLimiterAcquisitionError
 

@@ -7,6 +7,7 @@ import time
 from urllib.parse import urlsplit, urlunsplit
 
 import pytest
+
 import ratesync
 from ratesync.testing import PostgresServer, TcpProxy
 
@@ -173,7 +174,13 @@ async def test_cut_connections_in_mid_flight_recover_and_heal_the_slot_count(ser
 @pytest.mark.timeout(60)
 async def test_a_partition_longer_than_the_lease_is_seen_by_the_holder(server):
     with TcpProxy("127.0.0.1", server.port) as proxy:
-        configure(through(server.url(), proxy.port), rate_per_second=None, burst=1, max_concurrent=1, lease_seconds=1.0)
+        configure(
+            through(server.url(), proxy.port),
+            rate_per_second=None,
+            burst=1,
+            max_concurrent=1,
+            lease_seconds=1.0,
+        )
         async with ratesync.acquire("api") as permit:
             assert not permit.lost
             proxy.stall()

@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Iterator
 
 import pytest
+
 from ratesync._engine import Engine, Limiter
 from ratesync.errors import ConfigValidationError, RateLimiterAcquisitionError
 

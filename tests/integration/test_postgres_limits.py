@@ -8,6 +8,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 import pytest
+
 import ratesync
 
 SEED_DDL = """
@@ -58,13 +59,16 @@ async def test_auto_create_makes_the_seeds_table_exactly(ratesync_postgres_url, 
     printed = [tuple(row) for row in await ratesync_asyncpg.fetch(COLUMNS, "seed", "rate_limiter_state")]
     assert made == printed
     indexes = await ratesync_asyncpg.fetch(
-        "SELECT indexdef FROM pg_indexes WHERE schemaname = 'public' AND indexname = 'idx_rate_limiter_state_updated'"
+        "SELECT indexdef FROM pg_indexes WHERE schemaname = 'public' "
+        "AND indexname = 'idx_rate_limiter_state_updated'"
     )
     assert len(indexes) == 1
     assert "(updated_at)" in indexes[0]["indexdef"]
 
 
-async def test_a_grant_writes_the_servers_time_and_counts_the_version(ratesync_postgres_url, ratesync_asyncpg):
+async def test_a_grant_writes_the_servers_time_and_counts_the_version(
+    ratesync_postgres_url, ratesync_asyncpg
+):
     configure(ratesync_postgres_url)
     ratesync.configure_limiter("api", "db", rate_per_second=0.001, burst=5)
     async with ratesync.acquire("api"):
@@ -140,12 +144,16 @@ async def test_hostile_names_are_only_names(ratesync_postgres_url, ratesync_asyn
     ratesync.configure_limiter("api", "db", rate_per_second=1000.0, max_concurrent=1)
     async with ratesync.acquire("api"):
         found = await ratesync_asyncpg.fetchval(
-            "SELECT count(*) FROM information_schema.tables WHERE table_schema = $1 AND table_name = $2", schema, table
+            "SELECT count(*) FROM information_schema.tables WHERE table_schema = $1 AND table_name = $2",
+            schema,
+            table,
         )
     assert found == 1
 
 
-@pytest.mark.parametrize("name", ["it's", 'q"uote', "a.b c", "x" * 255, "päron€😀", "{a,b}", "\\", "NULL", "%s", "$1"])
+@pytest.mark.parametrize(
+    "name", ["it's", 'q"uote', "a.b c", "x" * 255, "päron€😀", "{a,b}", "\\", "NULL", "%s", "$1"]
+)
 async def test_any_limiter_name_is_its_own_row(ratesync_postgres_url, ratesync_asyncpg, name):
     configure(ratesync_postgres_url)
     ratesync.configure_limiter(name, "db", rate_per_second=0.001, max_concurrent=3)
@@ -166,7 +174,8 @@ async def test_a_version_at_the_end_of_integer_wraps(ratesync_postgres_url, rate
     ratesync.configure_limiter("api", "db", rate_per_second=1000.0, max_concurrent=4)
     await ratesync.get_store("db").initialize()
     await ratesync_asyncpg.execute(
-        "INSERT INTO rate_limiter_state (group_id, last_acquisition_at, version) VALUES ('api', now(), 2147483647)"
+        "INSERT INTO rate_limiter_state (group_id, last_acquisition_at, version) "
+        "VALUES ('api', now(), 2147483647)"
     )
     async with ratesync.acquire("api"):
         assert await ratesync_asyncpg.fetchval("SELECT version FROM rate_limiter_state") == 1
@@ -176,10 +185,15 @@ async def test_rows_written_by_hand_are_understood(ratesync_postgres_url, ratesy
     configure(ratesync_postgres_url)
     ratesync.configure_limiter("api", "db", rate_per_second=1.0)
     await ratesync.get_store("db").initialize()
-    for moment, expected in [("now() + interval '1 hour'", False), ("'-infinity'", True), ("'infinity'", False)]:
+    for moment, expected in [
+        ("now() + interval '1 hour'", False),
+        ("'-infinity'", True),
+        ("'infinity'", False),
+    ]:
         await ratesync_asyncpg.execute(
             "INSERT INTO rate_limiter_state (group_id, last_acquisition_at) VALUES ('api', "
-            f"{moment}) ON CONFLICT (group_id) DO UPDATE SET last_acquisition_at = excluded.last_acquisition_at"
+            f"{moment}) ON CONFLICT (group_id) "
+            "DO UPDATE SET last_acquisition_at = excluded.last_acquisition_at"
         )
         assert await ratesync.try_acquire("api") is expected, moment
 
@@ -197,7 +211,10 @@ async def test_the_seeds_cleanup_may_run_at_any_time(ratesync_postgres_url, rate
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda p: p._replace(netloc=p.netloc.rpartition(":")[0] + ":1"), r"127\.0\.0\.1.*1\b|localhost.*1\b"),
+        (
+            lambda p: p._replace(netloc=p.netloc.rpartition(":")[0] + ":1"),
+            r"127\.0\.0\.1.*1\b|localhost.*1\b",
+        ),
         (lambda p: p._replace(path="/no_such_database"), "no_such_database"),
         (lambda p: p._replace(query="sslmode=require"), "(?i)ssl"),
     ],
@@ -220,12 +237,20 @@ async def test_a_wrong_password_is_named_but_not_shown(ratesync_postgres_url, ra
 
 @pytest.mark.parametrize(
     "url",
-    ["mysql://x/y", "postgresql://h:99999/db", "postgresql://h/db?sslmode=maybe", "postgresql://h/db?nonsense=1"],
+    [
+        "mysql://x/y",
+        "postgresql://h:99999/db",
+        "postgresql://h/db?sslmode=maybe",
+        "postgresql://h/db?nonsense=1",
+    ],
 )
 def test_a_malformed_url_is_refused_before_connecting(url):
-    with pytest.raises(ratesync.ConfigValidationError):
+    def use() -> None:
         configure(url)
         ratesync.get_store("db")
+
+    with pytest.raises(ratesync.ConfigValidationError):
+        use()
 
 
 async def test_one_pool_serves_all_limiters_of_a_store(ratesync_postgres_url, ratesync_asyncpg):
@@ -240,7 +265,8 @@ async def test_one_pool_serves_all_limiters_of_a_store(ratesync_postgres_url, ra
 
     await asyncio.gather(*(use(i) for i in range(20)))
     ours = await ratesync_asyncpg.fetchval(
-        "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'ratesync%' AND datname = current_database()"
+        "SELECT count(*) FROM pg_stat_activity "
+        "WHERE application_name LIKE 'ratesync%' AND datname = current_database()"
     )
     assert 1 <= ours <= 3
 
@@ -293,5 +319,8 @@ async def test_statements_per_grant_are_counted_by_the_server(ratesync_postgres_
 
     await asyncio.gather(*(take() for _ in range(1000)))
     after = await store._core.stats()
-    assert await ratesync_asyncpg.fetchval("SELECT version FROM rate_limiter_state WHERE group_id = 'hot'") <= 400
+    assert (
+        await ratesync_asyncpg.fetchval("SELECT version FROM rate_limiter_state WHERE group_id = 'hot'")
+        <= 400
+    )
     assert after["statements"] - before["statements"] <= 0.02 * 20_000

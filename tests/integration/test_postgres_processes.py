@@ -7,6 +7,7 @@ clock, through asyncpg, so that no client clock and none of our code is the judg
 from __future__ import annotations
 
 import asyncio
+import itertools
 import multiprocessing
 import os
 import signal
@@ -15,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import asyncpg
 import pytest
+
 import ratesync
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -31,7 +33,10 @@ def _rate_worker(url: str, rate: float, burst: int, tasks: int, seconds: float) 
     async def main() -> list[float]:
         _configure(url, rate_per_second=rate, burst=burst)
         connection = await asyncpg.connect(url)
-        offset = await connection.fetchval("SELECT extract(epoch FROM clock_timestamp())::float8") - time.monotonic()
+        offset = (
+            await connection.fetchval("SELECT extract(epoch FROM clock_timestamp())::float8")
+            - time.monotonic()
+        )
         await connection.close()
         end = time.monotonic() + seconds
         grants: list[float] = []
@@ -100,7 +105,11 @@ async def _run(worker: object, count: int, *args: object) -> list:
 @pytest.mark.timeout(90)
 async def test_one_rate_over_four_processes(ratesync_postgres_url):
     rate, burst, seconds = 200.0, 5, 3.0
-    grants = sorted(sum(await _run(_rate_worker, 4, ratesync_postgres_url, rate, burst, 25, seconds), []))
+    grants = sorted(
+        itertools.chain.from_iterable(
+            await _run(_rate_worker, 4, ratesync_postgres_url, rate, burst, 25, seconds)
+        )
+    )
     # Over any interval T at most rate * (T + margin) + burst; 25 ms more for the client's own
     # delay between the grant and writing down its time.
     slack = 0.005 + 0.025
@@ -125,7 +134,9 @@ async def test_slots_are_never_exceeded_over_four_processes(ratesync_postgres_ur
 
 
 @pytest.mark.timeout(90)
-async def test_ten_instances_start_at_once_and_the_first_grants_are_exact(ratesync_postgres_url, ratesync_asyncpg):
+async def test_ten_instances_start_at_once_and_the_first_grants_are_exact(
+    ratesync_postgres_url, ratesync_asyncpg
+):
     granted = await _run(_first_use, 10, ratesync_postgres_url, "fresh")
     assert sum(granted) == 7
     assert await ratesync_asyncpg.fetchval("SELECT count(*) FROM rate_limiter_state") == 1

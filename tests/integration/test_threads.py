@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+
 from ratesync._engine import Engine, Limiter
 from ratesync.errors import RateLimiterAcquisitionError
 

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
 from ratesync._engine import Engine, Limiter
 from ratesync.errors import ConfigValidationError, RateLimiterAcquisitionError
 

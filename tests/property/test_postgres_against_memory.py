@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-import ratesync
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+
+import ratesync
 
 INTERVAL = 100_000.0  # seconds per unit
 
@@ -80,7 +81,9 @@ class Side:
             await asyncio.gather(task, return_exceptions=True)
             return "waited"
         if kind == "refused_in_advance":
-            permit = await self.acquire(self.rate, number, key, INTERVAL * (number - 1.5) if number > 1 else 0.001)
+            permit = await self.acquire(
+                self.rate, number, key, INTERVAL * (number - 1.5) if number > 1 else 0.001
+            )
             return permit is not None
         await ratesync.get_limiter(self.rate).reset(key)
         return "reset"
@@ -108,7 +111,9 @@ class Side:
 @given(st.integers(1, 5), st.integers(1, 3), st.lists(STEPS, max_size=14))
 def test_postgres_decides_as_memory_does(ratesync_postgres_url, burst, slots, steps):
     async def main() -> None:
-        ratesync.configure_store("db", strategy="postgres", url=ratesync_postgres_url, auto_create=True, timing_margin_ms=0)
+        ratesync.configure_store(
+            "db", strategy="postgres", url=ratesync_postgres_url, auto_create=True, timing_margin_ms=0
+        )
         ratesync.configure_store("mem", strategy="memory")
         sides = [Side("mem", burst, slots), Side("db", burst, slots)]
         for side in sides:

@@ -35,8 +35,9 @@ PyObject* acquire_call(PyObject* self, PyObject* const* args, Py_ssize_t nargs, 
   auto permit = std::make_shared<Keep>(made);
   Py_DECREF(made);
   reinterpret_cast<PermitObject*>(made)->bare = true;
-  return make_pending([permit, mode] { return begin_async(reinterpret_cast<PermitObject*>(permit->get()), mode); },
-                      [permit, mode] { return run_sync(reinterpret_cast<PermitObject*>(permit->get()), mode); });
+  return make_pending(
+      [permit, mode] { return begin_async(reinterpret_cast<PermitObject*>(permit->get()), mode); },
+      [permit, mode] { return run_sync(reinterpret_cast<PermitObject*>(permit->get()), mode); });
 }
 
 }  // namespace
@@ -45,15 +46,14 @@ engine::Completion* wait_sync(engine::Engine& engine, engine::Completion* comple
                               const std::shared_ptr<engine::SyncTarget>& target, bool cancellable) {
   engine::Completion* done = nullptr;
   while (!done) {
-    Py_BEGIN_ALLOW_THREADS
-    done = target->wait(50 * kMilli);
-    Py_END_ALLOW_THREADS
-    if (done || PyErr_CheckSignals() == 0) continue;
+    Py_BEGIN_ALLOW_THREADS done = target->wait(50 * kMilli);
+    Py_END_ALLOW_THREADS if (done || PyErr_CheckSignals() == 0) continue;
     PyObject *type, *value, *trace;
     PyErr_Fetch(&type, &value, &trace);
     if (cancellable) {
       completion->ref();
-      if (!engine.submit(engine::CancelTask{static_cast<engine::AcquireTask*>(completion)})) completion->unref();
+      if (!engine.submit(engine::CancelTask{static_cast<engine::AcquireTask*>(completion)}))
+        completion->unref();
     }
     if (engine::Completion* unwanted = target->give_up()) {
       give_back(engine, unwanted);
@@ -104,7 +104,8 @@ PyObject* settle_method(PyObject* self, PyObject* actual_cost) {
   if (PyErr_Occurred()) PyErr_Clear();
   const limits::Params& params = impl->core->group->params;
   if (actual < 0 || (actual > 0 && !limits::validate_cost(params, actual).ok())) {
-    raise_invalid("the actual cost must be a whole number", "actual_cost", "int >= 0 within 31 years' reach", actual_cost);
+    raise_invalid("the actual cost must be a whole number", "actual_cost", "int >= 0 within 31 years' reach",
+                  actual_cost);
     return nullptr;
   }
   if (permit->phase != Phase::granted) {
@@ -115,8 +116,9 @@ PyObject* settle_method(PyObject* self, PyObject* actual_cost) {
   permit->cost = actual;
   const store::GroupRef group = permit->group ? permit->group : impl->core->group;
   store::LimitStore* limits = &impl->core->service->limits();
-  return make_call<store::Unit>(impl->engine, impl->store_id,
-                                [limits, group, delta](auto done) { limits->settle(group, delta, std::move(done)); });
+  return make_call<store::Unit>(impl->engine, impl->store_id, [limits, group, delta](auto done) {
+    limits->settle(group, delta, std::move(done));
+  });
 }
 
 PyObject* limiter_counters(PyObject* self, PyObject*) {
@@ -129,16 +131,19 @@ namespace {
 
 // Seconds as nanoseconds; `what` names the field when the value is not a number in range.
 bool seconds(PyObject* value, const char* what, double min, double max, Nanos* out) {
-  const double number = PyFloat_Check(value) || (PyLong_Check(value) && !PyBool_Check(value)) ? PyFloat_AsDouble(value) : -1;
+  const double number =
+      PyFloat_Check(value) || (PyLong_Check(value) && !PyBool_Check(value)) ? PyFloat_AsDouble(value) : -1;
   if (PyErr_Occurred()) PyErr_Clear();
   if (!(number >= min && number <= max))
-    return raise_invalid("not a number of seconds in range", what, (std::to_string(min) + " to " + std::to_string(max)).c_str(), value);
+    return raise_invalid("not a number of seconds in range", what,
+                         (std::to_string(min) + " to " + std::to_string(max)).c_str(), value);
   *out = static_cast<Nanos>(number * 1e9);
   return true;
 }
 
 bool whole(PyObject* value, const char* what, std::int64_t* out) {
-  if (!PyLong_Check(value) || PyBool_Check(value)) return raise_invalid("not a whole number", what, "int", value);
+  if (!PyLong_Check(value) || PyBool_Check(value))
+    return raise_invalid("not a whole number", what, "int", value);
   *out = PyLong_AsLongLong(value);
   if (!PyErr_Occurred()) return true;
   PyErr_Clear();
@@ -148,16 +153,16 @@ bool whole(PyObject* value, const char* what, std::int64_t* out) {
 }  // namespace
 
 LimiterImpl* make_limiter_impl(PyObject* args, PyObject* kwargs) {
-  static const char* names[] = {"store", "group_id", "rate_per_second", "burst", "max_concurrent", "timeout",
-                                "fail_closed", "outage_budget", "lease_seconds", "max_hold_seconds",
-                                "timing_margin_ms", nullptr};
+  static const char* names[] = {"store",          "group_id",         "rate_per_second",  "burst",
+                                "max_concurrent", "timeout",          "fail_closed",      "outage_budget",
+                                "lease_seconds",  "max_hold_seconds", "timing_margin_ms", nullptr};
   PyObject *store_object, *group_id;
   PyObject *rate = Py_None, *burst = nullptr, *concurrent = Py_None, *timeout = Py_None, *budget = nullptr;
   PyObject *lease = nullptr, *max_hold = Py_None, *margin = nullptr;
   int fail_closed = 0;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OU|$OOOOpOOOO:Limiter", const_cast<char**>(names), &store_object,
-                                   &group_id, &rate, &burst, &concurrent, &timeout, &fail_closed, &budget, &lease,
-                                   &max_hold, &margin))
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OU|$OOOOpOOOO:Limiter", const_cast<char**>(names),
+                                   &store_object, &group_id, &rate, &burst, &concurrent, &timeout,
+                                   &fail_closed, &budget, &lease, &max_hold, &margin))
     return nullptr;
   PyStore* store = nullptr;
   try {
@@ -168,9 +173,11 @@ LimiterImpl* make_limiter_impl(PyObject* args, PyObject* kwargs) {
   }
   Py_ssize_t size = 0;
   const char* text = PyUnicode_AsUTF8AndSize(group_id, &size);
-  if (!text || size == 0 || PyUnicode_GetLength(group_id) > 255 || std::char_traits<char>::length(text) != static_cast<std::size_t>(size)) {
+  if (!text || size == 0 || PyUnicode_GetLength(group_id) > 255 ||
+      std::char_traits<char>::length(text) != static_cast<std::size_t>(size)) {
     PyErr_Clear();
-    raise_invalid("a limiter's name must be 1 to 255 characters without NUL", "limiter_id", "1 to 255 characters", group_id);
+    raise_invalid("a limiter's name must be 1 to 255 characters without NUL", "limiter_id",
+                  "1 to 255 characters", group_id);
     return nullptr;
   }
   limits::Params params;
@@ -181,7 +188,8 @@ LimiterImpl* make_limiter_impl(PyObject* args, PyObject* kwargs) {
     params.rate_per_second = PyFloat_AsDouble(rate);
     if (PyErr_Occurred() || PyBool_Check(rate) || params.rate_per_second == 0) {
       PyErr_Clear();
-      raise_invalid("the rate must be above 0", "rate_per_second", "a finite number above 0 and at most 1e9", rate);
+      raise_invalid("the rate must be above 0", "rate_per_second", "a finite number above 0 and at most 1e9",
+                    rate);
       return nullptr;
     }
   }
@@ -189,7 +197,8 @@ LimiterImpl* make_limiter_impl(PyObject* args, PyObject* kwargs) {
   if (concurrent != Py_None) {
     if (!whole(concurrent, "max_concurrent", &params.max_concurrent)) return nullptr;
     if (params.max_concurrent < 1) {
-      raise_invalid("max_concurrent must be at least 1", "max_concurrent", "a whole number from 1 to 1000000000", concurrent);
+      raise_invalid("max_concurrent must be at least 1", "max_concurrent",
+                    "a whole number from 1 to 1000000000", concurrent);
       return nullptr;
     }
   }
@@ -197,7 +206,8 @@ LimiterImpl* make_limiter_impl(PyObject* args, PyObject* kwargs) {
   if (!ok) return nullptr;
   if (budget && !seconds(budget, "outage_budget", 0, 60, &policy.outage_budget)) return nullptr;
   if (lease && !seconds(lease, "lease_seconds", 0.1, 86400, &params.lease)) return nullptr;
-  if (max_hold != Py_None && !seconds(max_hold, "max_hold_seconds", 0.001, 1e9, &policy.max_hold)) return nullptr;
+  if (max_hold != Py_None && !seconds(max_hold, "max_hold_seconds", 0.001, 1e9, &policy.max_hold))
+    return nullptr;
   if (margin) {
     const double ms = PyFloat_AsDouble(margin);
     if (PyErr_Occurred() || !(ms >= 0 && ms <= 1e6)) {
@@ -218,17 +228,17 @@ LimiterImpl* make_limiter_impl(PyObject* args, PyObject* kwargs) {
     raise_status(Status::make(Code::closed, "the store's engine was shut down"), store->entry->id);
     return nullptr;
   }
-  auto impl = std::make_unique<LimiterImpl>(LimiterImpl{std::string(text, static_cast<std::size_t>(size)), store->entry->id,
-                                                        store->engine, std::make_shared<engine::LimiterCore>(), nullptr,
-                                                        memory::Pin(), store->generation});
+  auto impl = std::make_unique<LimiterImpl>(
+      LimiterImpl{std::string(text, static_cast<std::size_t>(size)), store->entry->id, store->engine,
+                  std::make_shared<engine::LimiterCore>(), nullptr, memory::Pin(), store->generation});
   impl->core->group = std::make_shared<const store::Group>(impl->id, params);
   impl->core->policy = policy;
   impl->core->service = store->entry->limits.get();
   auto* memory = dynamic_cast<memory::MemoryStore*>(store->entry->store.get());
   if (memory && policy.max_hold == kForever) {
     // Needs aggregate assignment of a move-only member: build anew with the pin.
-    return new LimiterImpl{impl->id, impl->store_id, impl->engine, impl->core, memory, memory->pin(impl->id),
-                           impl->generation, !params.has_concurrency()};
+    return new LimiterImpl{impl->id, impl->store_id,        impl->engine,     impl->core,
+                           memory,   memory->pin(impl->id), impl->generation, !params.has_concurrency()};
   }
   return impl.release();
 }

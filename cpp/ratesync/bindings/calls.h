@@ -46,8 +46,9 @@ PyObject* make_permit(LimiterObject* limiter, PyObject* const* args, Py_ssize_t 
 store::GroupRef group_for_key(LimiterImpl& impl, PyObject* key);
 
 // Methods of Limiter and Permit; each returns a Pending.
-PyObject* limiter_try(PyObject* self, PyObject* const* args, Py_ssize_t nargs);           // timeout, cost, key
-PyObject* limiter_acquire_bare(PyObject* self, PyObject* const* args, Py_ssize_t nargs);  // timeout, cost, key
+PyObject* limiter_try(PyObject* self, PyObject* const* args, Py_ssize_t nargs);  // timeout, cost, key
+PyObject* limiter_acquire_bare(PyObject* self, PyObject* const* args,
+                               Py_ssize_t nargs);  // timeout, cost, key
 PyObject* limiter_peek(PyObject* self, PyObject* key);
 PyObject* limiter_reset(PyObject* self, PyObject* key);
 PyObject* limiter_counters(PyObject* self, PyObject*);

@@ -1,10 +1,11 @@
 // Limiter: base class of ratesync.RateLimiter. `async with limiter` is the fastest form.
+#include <Python.h>
+#include <structmember.h>
+
 #include <cmath>
 
 #include "ratesync/bindings/calls.h"
 #include "ratesync/bindings/objects.h"
-
-#include <structmember.h>
 
 namespace ratesync::bindings {
 
@@ -55,7 +56,8 @@ bool parse_cost(PyObject* value, const LimiterImpl& impl, std::int64_t* cost) {
   *cost = PyLong_AsLongLongAndOverflow(value, &overflow);
   if (overflow != 0) return raise_invalid("a cost is too large", "cost", "int below 2**63", value);
   const Status status = limits::validate_cost(impl.core->group->params, *cost);
-  if (!status.ok()) return raise_invalid(status.message.c_str(), "cost", "int of at least 1 within 31 years' reach", value);
+  if (!status.ok())
+    return raise_invalid(status.message.c_str(), "cost", "int of at least 1 within 31 years' reach", value);
   return true;
 }
 
@@ -69,9 +71,9 @@ bool raise_invalid(const char* message, const char* field, const char* expected,
   }
   PyObject* shown = PyUnicode_Substring(repr, 0, 80);
   Py_DECREF(repr);
-  PyObject* error = state().invalid_error
-                        ? PyObject_CallFunction(state().invalid_error, "sssO", message, field, expected, shown)
-                        : PyObject_CallFunction(PyExc_ValueError, "s", message);
+  PyObject* error = state().invalid_error ? PyObject_CallFunction(state().invalid_error, "sssO", message,
+                                                                  field, expected, shown)
+                                          : PyObject_CallFunction(PyExc_ValueError, "s", message);
   Py_XDECREF(shown);
   if (error) {
     PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error)), error);
@@ -125,8 +127,9 @@ PyObject* make_permit(LimiterObject* limiter, PyObject* const* args, Py_ssize_t 
     } else if (PyUnicode_CompareWithASCIIString(name, "key") == 0) {
       key = value == Py_None ? nullptr : value;
     } else {
-      PyErr_Format(PyExc_TypeError, "%s() got an unexpected keyword argument '%U': expected timeout, cost or key",
-                   function, name);
+      PyErr_Format(PyExc_TypeError,
+                   "%s() got an unexpected keyword argument '%U': expected timeout, cost or key", function,
+                   name);
       return nullptr;
     }
   }
@@ -164,15 +167,17 @@ LimiterImpl* live(LimiterObject* limiter) {
   }
   if (impl->generation == g_generation.load(std::memory_order_relaxed)) return impl;
   // Forked: what this object points to is the parent's. Its name leads to a fresh one.
-  PyObject* fresh = state().resolve
-                        ? PyObject_CallFunction(state().resolve, "s#", impl->id.data(), static_cast<Py_ssize_t>(impl->id.size()))
-                        : nullptr;
+  PyObject* fresh = state().resolve ? PyObject_CallFunction(state().resolve, "s#", impl->id.data(),
+                                                            static_cast<Py_ssize_t>(impl->id.size()))
+                                    : nullptr;
   if (!fresh) return nullptr;
   if (PyObject_TypeCheck(fresh, state().limiter_type) && self_of(fresh)->impl &&
       self_of(fresh)->impl->generation == g_generation.load(std::memory_order_relaxed)) {
     const LimiterImpl& from = *self_of(fresh)->impl;
-    auto* renewed = new LimiterImpl{from.id, from.store_id, from.engine, from.core, from.memory,
-                                    from.memory ? from.memory->pin(from.id) : memory::Pin(), from.generation, from.rate_only};
+    auto* renewed = new LimiterImpl{from.id,         from.store_id,
+                                    from.engine,     from.core,
+                                    from.memory,     from.memory ? from.memory->pin(from.id) : memory::Pin(),
+                                    from.generation, from.rate_only};
     limiter->impl = renewed;  // the old one is leaked: its locks may be held by a thread that is not here
     Py_DECREF(fresh);
     return renewed;
@@ -260,7 +265,8 @@ PyObject* limiter_exit(PyObject* object, PyObject* const*, Py_ssize_t) {
   Py_RETURN_NONE;
 }
 
-PyObject* limiter_acquire_context(PyObject* object, PyObject* const* args, Py_ssize_t nargs, PyObject* kwnames) {
+PyObject* limiter_acquire_context(PyObject* object, PyObject* const* args, Py_ssize_t nargs,
+                                  PyObject* kwnames) {
   return make_permit(self_of(object), args, nargs, kwnames, "acquire_context");
 }
 
@@ -291,7 +297,8 @@ int limiter_init(PyObject* object, PyObject* args, PyObject* kwargs) {
 void limiter_dealloc(PyObject* object) {
   LimiterObject* limiter = self_of(object);
   if (limiter->weakrefs) PyObject_ClearWeakRefs(object);
-  if (limiter->impl && limiter->impl->generation == g_generation.load(std::memory_order_relaxed)) delete limiter->impl;
+  if (limiter->impl && limiter->impl->generation == g_generation.load(std::memory_order_relaxed))
+    delete limiter->impl;
   PyTypeObject* type = Py_TYPE(object);
   type->tp_free(object);
   Py_DECREF(reinterpret_cast<PyObject*>(type));
@@ -301,17 +308,22 @@ PyMethodDef kMethods[] = {
     {"__aenter__", limiter_aenter, METH_NOARGS, "Acquire one unit with the default timeout."},
     {"__aexit__", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(limiter_aexit)), METH_FASTCALL,
      "Give the concurrency slot of this task back."},
-    {"__enter__", limiter_enter, METH_NOARGS, "Acquire one unit with the default timeout, blocking this thread."},
+    {"__enter__", limiter_enter, METH_NOARGS,
+     "Acquire one unit with the default timeout, blocking this thread."},
     {"__exit__", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(limiter_exit)), METH_FASTCALL,
      "Give the concurrency slot of this thread back."},
     {"acquire_context", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(limiter_acquire_context)),
      METH_FASTCALL | METH_KEYWORDS,
-     "acquire_context(timeout=None, *, cost=1, key=None)\n--\n\nLike `acquire()`, for this limiter object.\n\n"
-     "Returns:\n    A `Permit`, to be used once.\n\nExample:\n    async with limiter.acquire_context(timeout=2) as permit:\n        ..."},
-    {"_release_bare", limiter_release_bare, METH_NOARGS, "Free the oldest bare acquire; False when there is none."},
-    {"_try", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(limiter_try)), METH_FASTCALL, "Pending[bool]"},
-    {"_acquire_bare", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(limiter_acquire_bare)), METH_FASTCALL,
-     "Pending[None]"},
+     "acquire_context(timeout=None, *, cost=1, key=None)\n--\n\nLike `acquire()`, for this limiter "
+     "object.\n\n"
+     "Returns:\n    A `Permit`, to be used once.\n\nExample:\n    async with "
+     "limiter.acquire_context(timeout=2) as permit:\n        ..."},
+    {"_release_bare", limiter_release_bare, METH_NOARGS,
+     "Free the oldest bare acquire; False when there is none."},
+    {"_try", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(limiter_try)), METH_FASTCALL,
+     "Pending[bool]"},
+    {"_acquire_bare", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(limiter_acquire_bare)),
+     METH_FASTCALL, "Pending[None]"},
     {"_peek", limiter_peek, METH_O, "Pending[dict]"},
     {"_reset", limiter_reset, METH_O, "Pending[None]"},
     {"_counters", limiter_counters, METH_NOARGS, "dict of live counters"},
@@ -333,7 +345,8 @@ PyType_Slot kSlots[] = {
     {0, nullptr},
 };
 
-PyType_Spec kSpec = {"ratesync._core.Limiter", sizeof(LimiterObject), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, kSlots};
+PyType_Spec kSpec = {"ratesync._core.Limiter", sizeof(LimiterObject), 0,
+                     Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, kSlots};
 
 }  // namespace
 

@@ -31,7 +31,7 @@ std::vector<std::shared_ptr<LoopState>>& retired() {
   return *states;
 }
 
-PyObject* g_last_loop = nullptr;           // borrowed: entry of table()
+PyObject* g_last_loop = nullptr;  // borrowed: entry of table()
 std::shared_ptr<LoopState>* g_last_state = nullptr;
 
 void discard(engine::Completion* first, bool return_grants) {
@@ -175,9 +175,10 @@ std::shared_ptr<LoopState> running_loop_state() {
   if (!loop) return nullptr;
   Py_DECREF(loop);  // the running loop is alive as long as it runs
   if (loop == Py_None) {
-    PyErr_SetString(PyExc_RuntimeError,
-                    "no running event loop: await inside a coroutine run by asyncio, or use the synchronous form "
-                    "(`with acquire(...)`, `.wait()`)");
+    PyErr_SetString(
+        PyExc_RuntimeError,
+        "no running event loop: await inside a coroutine run by asyncio, or use the synchronous form "
+        "(`with acquire(...)`, `.wait()`)");
     return nullptr;
   }
   if (loop == g_last_loop) return *g_last_state;

@@ -29,7 +29,9 @@ struct PyEngine {
 
 void require_same_process(unsigned generation) {
   if (generation == g_generation.load(std::memory_order_relaxed)) return;
-  raise_status(Status::make(Code::closed, "this object was made before fork: configure the store again in the child"), "");
+  raise_status(
+      Status::make(Code::closed, "this object was made before fork: configure the store again in the child"),
+      "");
   throw py::error_already_set();
 }
 
@@ -80,8 +82,9 @@ py::object store_call(const PyStore& store, Work work) {
 }
 
 py::dict capabilities(const store::Capabilities& caps) {
-  return py::dict("limits"_a = caps.limits, "locks"_a = caps.locks, "state"_a = caps.state, "actors"_a = caps.actors,
-                  "events"_a = caps.events, "audit"_a = caps.audit, "shared"_a = caps.shared, "durable"_a = caps.durable,
+  return py::dict("limits"_a = caps.limits, "locks"_a = caps.locks, "state"_a = caps.state,
+                  "actors"_a = caps.actors, "events"_a = caps.events, "audit"_a = caps.audit,
+                  "shared"_a = caps.shared, "durable"_a = caps.durable,
                   "consistency"_a = caps.consistency == store::Consistency::strong ? "strong" : "eventual");
 }
 
@@ -89,32 +92,43 @@ void bind_store(py::module_& module) {
   py::class_<PyStore>(module, "Store", "One configured backend of an engine.")
       .def_property_readonly("store_id", [](const PyStore& s) { return s.entry->id; })
       .def_property_readonly("engine", [](const PyStore& s) { return s.entry->kind; })
-      .def_property_readonly("capabilities", [](const PyStore& s) { return capabilities(s.entry->store->capabilities()); })
-      .def("initialize", [](const PyStore& s) {
-        auto* store = s.entry->store.get();
-        return store_call<store::Unit>(s, [store](auto done) { store->initialize(std::move(done)); });
-      })
-      .def("migrate", [](const PyStore& s, bool dry_run) {
-        auto* store = s.entry->store.get();
-        return store_call<std::vector<store::MigrationStep>>(
-            s, [store, dry_run](auto done) { store->migrate(dry_run, std::move(done)); });
-      }, "dry_run"_a)
-      .def("doctor", [](const PyStore& s) {
-        auto* store = s.entry->store.get();
-        return store_call<std::vector<store::Finding>>(s, [store](auto done) { store->doctor(std::move(done)); });
-      })
-      .def("list", [](const PyStore& s, std::int64_t limit) {
-        auto* store = s.entry->store.get();
-        const auto most = static_cast<std::size_t>(std::max<std::int64_t>(0, limit));
-        return store_call<store::Listing>(s, [store, most](auto done) {
-          if (store->limits()) return store->limits()->list(most, std::move(done));
-          done(store::Listing{});
-        });
-      }, "limit"_a)
-      .def("stats", [](const PyStore& s) {
-        auto* store = s.entry->store.get();
-        return store_call<store::Stats>(s, [store](auto done) { done(store->stats()); });
-      })
+      .def_property_readonly("capabilities",
+                             [](const PyStore& s) { return capabilities(s.entry->store->capabilities()); })
+      .def("initialize",
+           [](const PyStore& s) {
+             auto* store = s.entry->store.get();
+             return store_call<store::Unit>(s, [store](auto done) { store->initialize(std::move(done)); });
+           })
+      .def(
+          "migrate",
+          [](const PyStore& s, bool dry_run) {
+            auto* store = s.entry->store.get();
+            return store_call<std::vector<store::MigrationStep>>(
+                s, [store, dry_run](auto done) { store->migrate(dry_run, std::move(done)); });
+          },
+          "dry_run"_a)
+      .def("doctor",
+           [](const PyStore& s) {
+             auto* store = s.entry->store.get();
+             return store_call<std::vector<store::Finding>>(
+                 s, [store](auto done) { store->doctor(std::move(done)); });
+           })
+      .def(
+          "list",
+          [](const PyStore& s, std::int64_t limit) {
+            auto* store = s.entry->store.get();
+            const auto most = static_cast<std::size_t>(std::max<std::int64_t>(0, limit));
+            return store_call<store::Listing>(s, [store, most](auto done) {
+              if (store->limits()) return store->limits()->list(most, std::move(done));
+              done(store::Listing{});
+            });
+          },
+          "limit"_a)
+      .def("stats",
+           [](const PyStore& s) {
+             auto* store = s.entry->store.get();
+             return store_call<store::Stats>(s, [store](auto done) { done(store->stats()); });
+           })
       .def("close", [](const PyStore& s) {
         auto* entry = s.entry;
         return store_call<store::Unit>(s, [entry](auto done) {
@@ -128,20 +142,27 @@ void bind_engine(py::module_& module) {
   py::class_<PyEngine>(module, "Engine", "One I/O thread with its stores.")
       .def(py::init([](bool manual_clock) { return PyEngine{make_engine(manual_clock)}; }), py::kw_only(),
            "manual_clock"_a = false)
-      .def("add_store", [](const PyEngine& self, const std::string& id, const std::string& kind, const py::dict& options) {
-        Result<engine::StoreEntry*> entry = self.engine->add_store(id, kind, options_of(options));
-        if (!entry.ok()) {
-          raise_status(entry.status(), id);
-          throw py::error_already_set();
-        }
-        return PyStore{self.engine, entry.value(), g_generation.load()};
-      }, "store_id"_a, "engine"_a, "options"_a)
-      .def("advance", [](const PyEngine& self, double seconds) {
-        if (!self.engine->clock().manual()) throw py::value_error("advance() needs an engine with manual_clock=True");
-        if (!(seconds >= 0)) throw py::value_error("time only goes forward");
-        const py::gil_scoped_release release;
-        self.engine->advance(static_cast<Nanos>(seconds * 1e9));
-      }, "seconds"_a)
+      .def(
+          "add_store",
+          [](const PyEngine& self, const std::string& id, const std::string& kind, const py::dict& options) {
+            Result<engine::StoreEntry*> entry = self.engine->add_store(id, kind, options_of(options));
+            if (!entry.ok()) {
+              raise_status(entry.status(), id);
+              throw py::error_already_set();
+            }
+            return PyStore{self.engine, entry.value(), g_generation.load()};
+          },
+          "store_id"_a, "engine"_a, "options"_a)
+      .def(
+          "advance",
+          [](const PyEngine& self, double seconds) {
+            if (!self.engine->clock().manual())
+              throw py::value_error("advance() needs an engine with manual_clock=True");
+            if (!(seconds >= 0)) throw py::value_error("time only goes forward");
+            const py::gil_scoped_release release;
+            self.engine->advance(static_cast<Nanos>(seconds * 1e9));
+          },
+          "seconds"_a)
       .def("now", [](const PyEngine& self) { return secs(self.engine->clock().now()); })
       .def("shutdown", [](const PyEngine& self) {
         const py::gil_scoped_release release;
@@ -167,13 +188,15 @@ void after_fork_in_child() {
 }  // namespace
 
 py::object PendingCall::iterator() {
-  if (!iterator_) iterator_ = steal_or_throw(steal_or_throw(begin()).attr("__await__")().release().ptr()).release().ptr();
+  if (!iterator_)
+    iterator_ = steal_or_throw(steal_or_throw(begin()).attr("__await__")().release().ptr()).release().ptr();
   return py::reinterpret_borrow<py::object>(iterator_);
 }
 
 py::object PendingCall::throw_into(const py::args& args) {
   // Cancelled before the first step: nothing has begun, and nothing begins.
-  if (iterator_ && py::hasattr(py::handle(iterator_), "throw")) return py::handle(iterator_).attr("throw")(*args);
+  if (iterator_ && py::hasattr(py::handle(iterator_), "throw"))
+    return py::handle(iterator_).attr("throw")(*args);
   std::vector<PyObject*> given;
   for (const py::handle& arg : args) given.push_back(arg.ptr());
   return steal_or_throw(raise_thrown(given.data(), static_cast<Py_ssize_t>(given.size())));
@@ -194,8 +217,8 @@ PyObject* make_pending(PendingCall::Start begin, PendingCall::Start block) {
 PyObject* to_python(const store::Unit&) { Py_RETURN_NONE; }
 
 PyObject* to_python(const store::Peek& peek) {
-  return py::dict("available"_a = peek.available, "in_use"_a = peek.in_use, "retry_after"_a = secs(peek.retry_after),
-                  "full_after"_a = secs(peek.full_after))
+  return py::dict("available"_a = peek.available, "in_use"_a = peek.in_use,
+                  "retry_after"_a = secs(peek.retry_after), "full_after"_a = secs(peek.full_after))
       .release()
       .ptr();
 }
@@ -208,13 +231,16 @@ PyObject* to_python(const store::Listing& listing) {
   for (const store::HolderInfo& h : listing.holders)
     holders.append(py::dict("group"_a = h.group, "holder"_a = h.holder, "slots"_a = h.slots,
                             "held_for"_a = secs(h.held_for), "expires_in"_a = secs(h.expires_in)));
-  return py::dict("groups"_a = groups, "holders"_a = holders, "truncated"_a = listing.truncated).release().ptr();
+  return py::dict("groups"_a = groups, "holders"_a = holders, "truncated"_a = listing.truncated)
+      .release()
+      .ptr();
 }
 
 PyObject* to_python(const store::Stats& s) {
-  return py::dict("round_trips"_a = s.round_trips, "statements"_a = s.statements, "batched_ops"_a = s.batched_ops,
-                  "conflicts"_a = s.conflicts, "reconnects"_a = s.reconnects, "leases_lost"_a = s.leases_lost,
-                  "connections_open"_a = s.connections_open, "connections_in_use"_a = s.connections_in_use,
+  return py::dict("round_trips"_a = s.round_trips, "statements"_a = s.statements,
+                  "batched_ops"_a = s.batched_ops, "conflicts"_a = s.conflicts, "reconnects"_a = s.reconnects,
+                  "leases_lost"_a = s.leases_lost, "connections_open"_a = s.connections_open,
+                  "connections_in_use"_a = s.connections_in_use,
                   "connections_waiting"_a = s.connections_waiting)
       .release()
       .ptr();
@@ -223,7 +249,8 @@ PyObject* to_python(const store::Stats& s) {
 PyObject* to_python(const std::vector<store::MigrationStep>& steps) {
   py::list out;
   for (const store::MigrationStep& step : steps)
-    out.append(py::dict("number"_a = step.number, "name"_a = step.name, "sql"_a = step.sql, "applied"_a = step.applied));
+    out.append(py::dict("number"_a = step.number, "name"_a = step.name, "sql"_a = step.sql,
+                        "applied"_a = step.applied));
   return out.release().ptr();
 }
 
@@ -241,12 +268,14 @@ PyObject* to_python(const std::vector<store::Finding>& findings) {
 PyObject* counters_dict(const LimiterImpl& impl) {
   const engine::Counters& c = impl.core->counters;
   const std::uint64_t acquisitions = c.quick_acquisitions.load() + c.acquisitions.load();
-  return py::dict("acquisitions"_a = acquisitions, "wait_seconds"_a = secs(static_cast<Nanos>(c.wait_ns.load())),
-                  "max_wait_seconds"_a = secs(static_cast<Nanos>(c.max_wait_ns.load())), "timeouts"_a = c.timeouts.load(),
-                  "refused_rate"_a = c.refused_rate.load(), "refused_concurrency"_a = c.refused_concurrency.load(),
-                  "cancelled"_a = c.cancelled.load(), "passed_open"_a = c.passed_open.load(), "failed"_a = c.failed.load(),
-                  "releases"_a = c.releases.load(), "leases_lost"_a = c.leases_lost.load(), "held"_a = c.held.load(),
-                  "last_acquisition"_a = secs(c.last_acquisition.load()))
+  return py::dict("acquisitions"_a = acquisitions,
+                  "wait_seconds"_a = secs(static_cast<Nanos>(c.wait_ns.load())),
+                  "max_wait_seconds"_a = secs(static_cast<Nanos>(c.max_wait_ns.load())),
+                  "timeouts"_a = c.timeouts.load(), "refused_rate"_a = c.refused_rate.load(),
+                  "refused_concurrency"_a = c.refused_concurrency.load(), "cancelled"_a = c.cancelled.load(),
+                  "passed_open"_a = c.passed_open.load(), "failed"_a = c.failed.load(),
+                  "releases"_a = c.releases.load(), "leases_lost"_a = c.leases_lost.load(),
+                  "held"_a = c.held.load(), "last_acquisition"_a = secs(c.last_acquisition.load()))
       .release()
       .ptr();
 }
@@ -263,36 +292,45 @@ PYBIND11_MODULE(_core, module) {
     throw py::error_already_set();
   s.bound = PyDict_New();
 
-  py::class_<PendingCall, std::unique_ptr<PendingCall>>(module, "Pending", "One call: `await` it in asyncio, or `wait()` in a plain thread.")
-      .def("__await__", [](const PendingCall& self) {
-        // begin() gives an awaitable; its iterator is what `await` wants.
-        const py::object awaitable = steal_or_throw(self.begin());
-        return awaitable.attr("__await__")();
-      })
+  py::class_<PendingCall, std::unique_ptr<PendingCall>>(
+      module, "Pending", "One call: `await` it in asyncio, or `wait()` in a plain thread.")
+      .def("__await__",
+           [](const PendingCall& self) {
+             // begin() gives an awaitable; its iterator is what `await` wants.
+             const py::object awaitable = steal_or_throw(self.begin());
+             return awaitable.attr("__await__")();
+           })
       // The rest of the coroutine protocol, so that create_task() takes it.
-      .def("send", [](PendingCall& self, const py::object& value) { return self.iterator().attr("send")(value); })
+      .def("send",
+           [](PendingCall& self, const py::object& value) { return self.iterator().attr("send")(value); })
       .def("throw", [](PendingCall& self, const py::args& args) { return self.throw_into(args); })
       .def("close", [](PendingCall& self) { self.close(); })
-      .def("wait", [](const PendingCall& self) { return steal_or_throw(self.block()); },
-           "wait()\n--\n\nRun the call from a plain thread and return its result. Ctrl-C works.");
+      .def(
+          "wait", [](const PendingCall& self) { return steal_or_throw(self.block()); },
+          "wait()\n--\n\nRun the call from a plain thread and return its result. Ctrl-C works.");
   bind_store(module);
   bind_engine(module);
 
-  module.add_object("acquire", py::reinterpret_steal<py::object>(PyCFunction_NewEx(&kAcquire, module.ptr(), py::str("ratesync").release().ptr())));
+  module.add_object("acquire", py::reinterpret_steal<py::object>(PyCFunction_NewEx(
+                                   &kAcquire, module.ptr(), py::str("ratesync").release().ptr())));
   module.def("bound_limiters", [] { return py::reinterpret_borrow<py::dict>(state().bound); });
   module.def("forked", [] { return g_generation.load() != 0; });
-  module.def("set_hooks", [](const py::object& resolve, const py::object& status_error, const py::object& denied_error,
-                             const py::object& invalid_error, const py::object& log) {
-    set_hook(state().resolve, resolve);
-    set_hook(state().status_error, status_error);
-    set_hook(state().denied_error, denied_error);
-    set_hook(state().invalid_error, invalid_error);
-    set_hook(state().log, log);
-  }, py::kw_only(), "resolve"_a, "status_error"_a, "denied_error"_a, "invalid_error"_a, "log"_a);
+  module.def(
+      "set_hooks",
+      [](const py::object& resolve, const py::object& status_error, const py::object& denied_error,
+         const py::object& invalid_error, const py::object& log) {
+        set_hook(state().resolve, resolve);
+        set_hook(state().status_error, status_error);
+        set_hook(state().denied_error, denied_error);
+        set_hook(state().invalid_error, invalid_error);
+        set_hook(state().log, log);
+      },
+      py::kw_only(), "resolve"_a, "status_error"_a, "denied_error"_a, "invalid_error"_a, "log"_a);
 
   // Two steps: the generation at once (any fork, also by C code), the descriptors when Python says so.
   pthread_atfork(nullptr, nullptr, [] { g_generation.fetch_add(1); });
-  py::module_::import("os").attr("register_at_fork")("after_in_child"_a = py::cpp_function(after_fork_in_child));
+  py::module_::import("os").attr("register_at_fork")("after_in_child"_a =
+                                                         py::cpp_function(after_fork_in_child));
 }
 
 }  // namespace ratesync::bindings

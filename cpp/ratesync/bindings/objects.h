@@ -28,11 +28,11 @@ struct ModuleState {
   PyTypeObject* limiter_type = nullptr;
   PyTypeObject* waiter_type = nullptr;
   PyTypeObject* ready_type = nullptr;
-  PyObject* ready_none = nullptr;   // awaitables that are done, shared
+  PyObject* ready_none = nullptr;  // awaitables that are done, shared
   PyObject* ready_true = nullptr;
   PyObject* ready_false = nullptr;
-  PyObject* bound = nullptr;        // dict: name -> Limiter, what acquire() looks in first
-  PyObject* resolve = nullptr;      // hooks, see set_hooks
+  PyObject* bound = nullptr;    // dict: name -> Limiter, what acquire() looks in first
+  PyObject* resolve = nullptr;  // hooks, see set_hooks
   PyObject* status_error = nullptr;
   PyObject* denied_error = nullptr;
   PyObject* invalid_error = nullptr;
@@ -55,9 +55,9 @@ enum class Mode { permit, none, boolean };
 struct Slot {
   engine::LimiterRef limiter;
   store::GroupRef group;
-  engine::PermitRef permit;         // null for the memory store's quick slots:
-  store::HolderId holder = 0;       // those are named by this
-  unsigned generation = 0;          // of the process that holds it: not a forked child's to release
+  engine::PermitRef permit;    // null for the memory store's quick slots:
+  store::HolderId holder = 0;  // those are named by this
+  unsigned generation = 0;     // of the process that holds it: not a forked child's to release
   std::atomic<bool> held{true};
 };
 using SlotRef = std::shared_ptr<Slot>;
@@ -70,18 +70,17 @@ struct LimiterImpl {
   memory::MemoryStore* memory = nullptr;  // set when it may be asked on the calling thread
   memory::Pin pin;
   unsigned generation = 0;
-  bool rate_only = false;            // quick, and no slot to give back: the shortest path
-  Nanos logged = 0;                  // when an outage was last reported
+  bool rate_only = false;  // quick, and no slot to give back: the shortest path
+  Nanos logged = 0;        // when an outage was last reported
   // Slots of bare acquires, oldest first, among them some that were released by their permits.
   std::deque<SlotRef> bare = {};
-  std::size_t bare_sweep_at = 64;    // size at which those are looked for
+  std::size_t bare_sweep_at = 64;  // size at which those are looked for
   // `with limiter`, by task or thread; null when a dead store let the caller pass without a slot.
   std::unordered_map<std::uint64_t, std::vector<SlotRef>> entered = {};
 };
 
 struct LimiterObject {
-  PyObject_HEAD
-  PyObject* weakrefs;
+  PyObject_HEAD PyObject* weakrefs;
   LimiterImpl* impl;
 };
 
@@ -89,17 +88,16 @@ enum class Phase : std::uint8_t { idle, pending, granted };
 
 // An acquisition: context manager, awaitable and permit in one object.
 struct PermitObject {
-  PyObject_HEAD
-  LimiterObject* limiter;
+  PyObject_HEAD LimiterObject* limiter;
   PyObject* key;
-  Nanos timeout;   // < 0: the limiter's default; kForever: none
+  Nanos timeout;  // < 0: the limiter's default; kForever: none
   std::int64_t cost;
   std::int64_t remaining;
   Nanos waited;
   Phase phase;
-  bool ready;      // granted, and the awaitable that says so has not been consumed
-  bool bare;       // `await acquire()`: no body that would release
-  bool entered;    // inside `with`
+  bool ready;    // granted, and the awaitable that says so has not been consumed
+  bool bare;     // `await acquire()`: no body that would release
+  bool entered;  // inside `with`
   SlotRef slot;
   store::GroupRef group;  // of the key; null: the limiter's
 };
@@ -109,16 +107,15 @@ class LoopState;
 // One operation under way, awaited by one task. It speaks the asyncio future protocol itself and
 // wakes the task from the reader callback: 1.19M against 337k completions/s with asyncio.Future.
 struct WaiterObject {
-  PyObject_HEAD
-  engine::Completion* completion;  // one reference, until the result was taken
+  PyObject_HEAD engine::Completion* completion;  // one reference, until the result was taken
   std::shared_ptr<engine::Engine> engine;
   std::shared_ptr<LoopState> loop;
   PyObject* callback;
   PyObject* context;
-  PermitObject* permit;            // acquisitions; else null
+  PermitObject* permit;                                   // acquisitions; else null
   std::function<PyObject*(engine::Completion&)> convert;  // other calls
-  PyObject* cancel_message;        // of Task.cancel(msg): anyio knows its cancellations by it
-  WaiterObject* previous;          // among the waiters of the loop
+  PyObject* cancel_message;  // of Task.cancel(msg): anyio knows its cancellations by it
+  WaiterObject* previous;    // among the waiters of the loop
   WaiterObject* next;
   Mode mode;
   enum class State : std::uint8_t { pending, done, cancelled, consumed } state;
@@ -147,8 +144,8 @@ extern const char kAcquireDoc[];
 // waiter.cc
 bool init_waiter_type(PyObject* module);
 WaiterObject* new_waiter(std::shared_ptr<engine::Engine> engine, std::shared_ptr<LoopState> loop);
-void completed(WaiterObject* waiter);     // by drain; returns with the task woken
-void abandon(WaiterObject* waiter);       // whatever comes or came is given back
+void completed(WaiterObject* waiter);  // by drain; returns with the task woken
+void abandon(WaiterObject* waiter);    // whatever comes or came is given back
 // Raises what the arguments of a coroutine's throw() say. Returns null.
 PyObject* raise_thrown(PyObject* const* args, Py_ssize_t nargs);
 void give_back(engine::Engine& engine, engine::Completion* completion);

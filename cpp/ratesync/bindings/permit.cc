@@ -30,17 +30,20 @@ bool check_startable(PermitObject* permit) {
     return false;
   }
   if (permit->slot && permit->slot->held) {
-    PyErr_SetString(PyExc_RuntimeError, "this permit is still held: release it first, or call acquire() once per use");
+    PyErr_SetString(PyExc_RuntimeError,
+                    "this permit is still held: release it first, or call acquire() once per use");
     return false;
   }
   return true;
 }
 
-PyObject* raise_denied(const LimiterImpl& impl, const std::string& group, const std::string& reason, Nanos retry_after) {
-  PyObject* error = state().denied_error
-                        ? PyObject_CallFunction(state().denied_error, "s#s#d", group.data(), group.size(),
-                                                reason.data(), reason.size(), static_cast<double>(retry_after) / 1e9)
-                        : PyObject_CallFunction(PyExc_TimeoutError, "s#", impl.id.data(), impl.id.size());
+PyObject* raise_denied(const LimiterImpl& impl, const std::string& group, const std::string& reason,
+                       Nanos retry_after) {
+  PyObject* error =
+      state().denied_error
+          ? PyObject_CallFunction(state().denied_error, "s#s#d", group.data(), group.size(), reason.data(),
+                                  reason.size(), static_cast<double>(retry_after) / 1e9)
+          : PyObject_CallFunction(PyExc_TimeoutError, "s#", impl.id.data(), impl.id.size());
   if (error) {
     PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error)), error);
     Py_DECREF(error);
@@ -48,7 +51,8 @@ PyObject* raise_denied(const LimiterImpl& impl, const std::string& group, const 
   return nullptr;
 }
 
-void hold_slot(PermitObject* permit, LimiterImpl& impl, engine::PermitRef engine_permit, store::HolderId holder) {
+void hold_slot(PermitObject* permit, LimiterImpl& impl, engine::PermitRef engine_permit,
+               store::HolderId holder) {
   auto slot = std::make_shared<Slot>();
   slot->limiter = impl.core;
   slot->group = group_of(permit, impl);
@@ -58,7 +62,8 @@ void hold_slot(PermitObject* permit, LimiterImpl& impl, engine::PermitRef engine
   permit->slot = slot;
   if (!permit->bare) return;
   if (impl.bare.size() >= impl.bare_sweep_at) {
-    std::erase_if(impl.bare, [](const SlotRef& other) { return !other->held.load(std::memory_order_relaxed); });
+    std::erase_if(impl.bare,
+                  [](const SlotRef& other) { return !other->held.load(std::memory_order_relaxed); });
     impl.bare_sweep_at = std::max<std::size_t>(64, 2 * impl.bare.size());
   }
   impl.bare.push_back(std::move(slot));
@@ -69,7 +74,8 @@ void hold_slot(PermitObject* permit, LimiterImpl& impl, engine::PermitRef engine
 void place_slot(PermitObject* permit, LimiterImpl& impl, Mode mode, bool async) {
   if (mode == Mode::permit) return;
   // Also without a slot: whoever leaves must not give back somebody else's.
-  if (permit->entered && impl.core->group->params.has_concurrency()) impl.entered[caller_key(async)].push_back(permit->slot);
+  if (permit->entered && impl.core->group->params.has_concurrency())
+    impl.entered[caller_key(async)].push_back(permit->slot);
   permit->slot = nullptr;
 }
 
@@ -77,8 +83,9 @@ void place_slot(PermitObject* permit, LimiterImpl& impl, Mode mode, bool async) 
 bool quick(PermitObject* permit, LimiterImpl& impl, memory::QuickReply* reply) {
   if (!impl.memory || !impl.engine->running()) return false;
   const limits::Params& params = impl.core->group->params;
-  *reply = permit->group ? impl.memory->try_now(*permit->group, permit->cost)
-                         : impl.memory->try_now(*impl.pin.shard(), *impl.pin.cell(), *impl.core->group, permit->cost);
+  *reply = permit->group
+               ? impl.memory->try_now(*permit->group, permit->cost)
+               : impl.memory->try_now(*impl.pin.shard(), *impl.pin.cell(), *impl.core->group, permit->cost);
   engine::Counters& counters = impl.core->counters;
   if (reply->verdict == memory::Quick::granted) {
     // Plain adds: callers hold the GIL, and the I/O thread has counters of its own.
@@ -116,10 +123,11 @@ AcquireTask* new_task(PermitObject* permit, const LimiterImpl& impl) {
 }
 
 PyObject* raise_closed(const LimiterImpl& impl) {
-  return raise_status(Status::make(Code::closed, "limiter '" + impl.id +
-                                                     "' belongs to an engine that was shut down: get it again with "
-                                                     "get_limiter() after configuring its store"),
-                      impl.store_id);
+  return raise_status(
+      Status::make(Code::closed, "limiter '" + impl.id +
+                                     "' belongs to an engine that was shut down: get it again with "
+                                     "get_limiter() after configuring its store"),
+      impl.store_id);
 }
 
 }  // namespace
@@ -206,7 +214,8 @@ PyObject* run_sync(PermitObject* permit, Mode mode) {
   }
   if (in_running_loop()) {
     PyErr_Format(PyExc_RuntimeError,
-                 "limiter '%s' would have to wait, which would block the running event loop: use `async with` / `await`",
+                 "limiter '%s' would have to wait, which would block the running event loop: use `async "
+                 "with` / `await`",
                  impl->id.c_str());
     return nullptr;
   }
@@ -238,8 +247,9 @@ PyObject* finish_acquire(PermitObject* permit, AcquireTask& task, Mode mode, boo
       const Nanos now = impl.engine->clock().now();
       if (state().log && (impl.logged == 0 || now - impl.logged > 10 * kSecond)) {
         impl.logged = now;
-        const std::string text = "limiter '" + impl.id + "': store '" + impl.store_id +
-                                 "' does not answer; calls pass unlimited (fail_closed=False): " + task.status.message;
+        const std::string text =
+            "limiter '" + impl.id + "': store '" + impl.store_id +
+            "' does not answer; calls pass unlimited (fail_closed=False): " + task.status.message;
         PyObject* nothing = PyObject_CallFunction(state().log, "ss#", "warning", text.data(), text.size());
         if (!nothing) return nullptr;
         Py_DECREF(nothing);
@@ -253,24 +263,19 @@ PyObject* finish_acquire(PermitObject* permit, AcquireTask& task, Mode mode, boo
       break;
     case Outcome::refused:
       if (mode == Mode::boolean) Py_RETURN_FALSE;
-      return raise_denied(impl, task.group->id, task.why == store::Verdict::rate_limited ? "rate" : "concurrency",
+      return raise_denied(impl, task.group->id,
+                          task.why == store::Verdict::rate_limited ? "rate" : "concurrency",
                           task.retry_after);
     case Outcome::failed:
       if (task.outage) return raise_denied(impl, task.group->id, "outage: " + task.status.message, 0);
       return raise_status(task.status, impl.store_id);
-    case Outcome::cancelled:
-      PyErr_SetNone(state().cancelled_error);
-      return nullptr;
+    case Outcome::cancelled: PyErr_SetNone(state().cancelled_error); return nullptr;
   }
   place_slot(permit, impl, mode, async);
   switch (mode) {
-    case Mode::permit:
-      Py_INCREF(object_of(permit));
-      return object_of(permit);
-    case Mode::boolean:
-      Py_RETURN_TRUE;
-    case Mode::none:
-      break;
+    case Mode::permit: Py_INCREF(object_of(permit)); return object_of(permit);
+    case Mode::boolean: Py_RETURN_TRUE;
+    case Mode::none: break;
   }
   Py_RETURN_NONE;
 }
@@ -322,9 +327,10 @@ void release_slot(LimiterImpl& impl, Slot& slot) {
   }
   counters.held.fetch_sub(1, std::memory_order_relaxed);
   if (!impl.memory) return;
-  const bool somebody_waits = slot.group == impl.core->group
-                                  ? impl.memory->release_slot(*impl.pin.shard(), *impl.pin.cell(), slot.holder)
-                                  : impl.memory->release_slot(slot.group->id, slot.holder);
+  const bool somebody_waits =
+      slot.group == impl.core->group
+          ? impl.memory->release_slot(*impl.pin.shard(), *impl.pin.cell(), slot.holder)
+          : impl.memory->release_slot(slot.group->id, slot.holder);
   if (somebody_waits) impl.engine->submit(engine::SlotFreed{slot.limiter, slot.group->id});
 }
 
@@ -408,14 +414,16 @@ PyObject* permit_repr(PyObject* object) {
 
 void permit_dealloc(PyObject* object) {
   PermitObject* permit = self_of(object);
-  if (permit->slot && permit->slot->held && permit->slot->generation == g_generation.load(std::memory_order_relaxed)) {
+  if (permit->slot && permit->slot->held &&
+      permit->slot->generation == g_generation.load(std::memory_order_relaxed)) {
     PyObject *type, *value, *trace;
     PyErr_Fetch(&type, &value, &trace);
     LimiterImpl& impl = *permit->limiter->impl;
-    if (PyErr_WarnFormat(PyExc_ResourceWarning, 1,
-                         "a permit of limiter '%s' was dropped without release: use `async with`, or keep it and "
-                         "call release()",
-                         impl.id.c_str()) < 0)
+    if (PyErr_WarnFormat(
+            PyExc_ResourceWarning, 1,
+            "a permit of limiter '%s' was dropped without release: use `async with`, or keep it and "
+            "call release()",
+            impl.id.c_str()) < 0)
       PyErr_WriteUnraisable(nullptr);
     if (permit->bare) {
       // Existing code writes `await acquire("x")` and later `await get_limiter("x").release()`: the
@@ -454,7 +462,8 @@ PyObject* get_remaining(PyObject* object, void*) {
 
 PyObject* get_lost(PyObject* object, void*) {
   const PermitObject* permit = self_of(object);
-  return PyBool_FromLong(permit->slot && permit->slot->permit && permit->slot->permit->lost.load(std::memory_order_acquire));
+  return PyBool_FromLong(permit->slot && permit->slot->permit &&
+                         permit->slot->permit->lost.load(std::memory_order_acquire));
 }
 
 PyObject* get_limiter_id(PyObject* object, void*) {
@@ -474,25 +483,31 @@ PyMethodDef kMethods[] = {
      "release()\n--\n\nGive the concurrency slot back, if one is held. Calling it again does nothing.\n\n"
      "Example:\n    permit = await acquire(\"api\")\n    permit.release()"},
     {"settle", settle_method, METH_O,
-     "settle(actual_cost)\n--\n\nCorrect the charge to what it really cost: gives the difference back, or charges more.\n\n"
-     "Args:\n    actual_cost: units, 0 or more.\n\nReturns:\n    A `Pending`: await it, or `.wait()` in a thread.\n\n"
-     "Raises:\n    ConfigValidationError: not a whole number of 0 or more.\n    RuntimeError: before the grant.\n\n"
-     "Example:\n    async with acquire(\"llm\", cost=1000) as permit:\n        await permit.settle(used_tokens)"},
+     "settle(actual_cost)\n--\n\nCorrect the charge to what it really cost: gives the difference back, or "
+     "charges more.\n\n"
+     "Args:\n    actual_cost: units, 0 or more.\n\nReturns:\n    A `Pending`: await it, or `.wait()` in a "
+     "thread.\n\n"
+     "Raises:\n    ConfigValidationError: not a whole number of 0 or more.\n    RuntimeError: before the "
+     "grant.\n\n"
+     "Example:\n    async with acquire(\"llm\", cost=1000) as permit:\n        await "
+     "permit.settle(used_tokens)"},
     {nullptr, nullptr, 0, nullptr},
 };
 
 PyGetSetDef kGetSet[] = {
     {"waited", get_waited, nullptr, "Seconds between the call and the grant.", nullptr},
     {"remaining", get_remaining, nullptr, "Units (or slots) that were left right after the grant.", nullptr},
-    {"lost", get_lost, nullptr, "True once the store has given this slot to somebody else (lease lost).", nullptr},
-    {"limiter_id", get_limiter_id, nullptr, "The group that was charged: the limiter's id, with `:key` for a keyed one.",
+    {"lost", get_lost, nullptr, "True once the store has given this slot to somebody else (lease lost).",
      nullptr},
+    {"limiter_id", get_limiter_id, nullptr,
+     "The group that was charged: the limiter's id, with `:key` for a keyed one.", nullptr},
     {nullptr, nullptr, nullptr, nullptr, nullptr},
 };
 
 PyType_Slot kSlots[] = {
-    {Py_tp_doc, const_cast<char*>("One acquisition: context manager, awaitable, and the permit that it yields.\n\n"
-                                  "Made by `acquire()` and `RateLimiter.acquire_context()`.")},
+    {Py_tp_doc,
+     const_cast<char*>("One acquisition: context manager, awaitable, and the permit that it yields.\n\n"
+                       "Made by `acquire()` and `RateLimiter.acquire_context()`.")},
     {Py_tp_dealloc, reinterpret_cast<void*>(permit_dealloc)},
     {Py_tp_repr, reinterpret_cast<void*>(permit_repr)},
     {Py_tp_methods, kMethods},
@@ -505,7 +520,8 @@ PyType_Slot kSlots[] = {
 };
 
 PyType_Spec kSpec = {"ratesync._core.Permit", sizeof(PermitObject), 0,
-                     Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION | Py_TPFLAGS_IMMUTABLETYPE, kSlots};
+                     Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION | Py_TPFLAGS_IMMUTABLETYPE,
+                     kSlots};
 
 LimiterObject* find_limiter(PyObject* name) {
   if (!PyUnicode_Check(name)) {

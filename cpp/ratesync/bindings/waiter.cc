@@ -25,7 +25,8 @@ PyObject* take_result(WaiterObject* waiter) {
   engine::Completion* completion = std::exchange(waiter->completion, nullptr);
   PyObject* result;
   if (waiter->permit) {
-    result = finish_acquire(waiter->permit, *static_cast<engine::AcquireTask*>(completion), waiter->mode, true);
+    result =
+        finish_acquire(waiter->permit, *static_cast<engine::AcquireTask*>(completion), waiter->mode, true);
   } else {
     result = waiter->convert(*completion);
   }
@@ -49,9 +50,7 @@ PySendResult waiter_send(PyObject* object, PyObject*, PyObject** result) {
       Py_INCREF(object);
       *result = object;
       return PYGEN_NEXT;
-    case WaiterObject::State::cancelled:
-      raise_cancelled(waiter);
-      break;
+    case WaiterObject::State::cancelled: raise_cancelled(waiter); break;
     case WaiterObject::State::consumed:
       PyErr_SetString(PyExc_RuntimeError, "cannot reuse an awaited operation: call again for a new one");
       break;
@@ -63,8 +62,7 @@ PySendResult waiter_send(PyObject* object, PyObject*, PyObject** result) {
 PyObject* waiter_iternext(PyObject* object) {
   PyObject* result = nullptr;
   switch (waiter_send(object, Py_None, &result)) {
-    case PYGEN_NEXT:
-      return result;
+    case PYGEN_NEXT: return result;
     case PYGEN_RETURN: {
       PyObject* stop = PyObject_CallOneArg(PyExc_StopIteration, result);
       Py_DECREF(result);
@@ -74,8 +72,7 @@ PyObject* waiter_iternext(PyObject* object) {
       }
       return nullptr;
     }
-    case PYGEN_ERROR:
-      break;
+    case PYGEN_ERROR: break;
   }
   return nullptr;
 }
@@ -105,7 +102,8 @@ PyObject* waiter_get_loop(PyObject* object, PyObject*) {
   return Py_NewRef(PyWeakref_GetObject(self_of(object)->loop->weak_loop));
 }
 
-PyObject* waiter_add_done_callback(PyObject* object, PyObject* const* args, Py_ssize_t nargs, PyObject* kwnames) {
+PyObject* waiter_add_done_callback(PyObject* object, PyObject* const* args, Py_ssize_t nargs,
+                                   PyObject* kwnames) {
   WaiterObject* waiter = self_of(object);
   if (nargs != 1 || (kwnames && PyTuple_GET_SIZE(kwnames) > 1)) {
     PyErr_SetString(PyExc_TypeError, "add_done_callback(callback, *, context=None)");
@@ -152,7 +150,8 @@ PyObject* waiter_cancel(PyObject* object, PyObject* args, PyObject* kwargs) {
       PyObject* call_args = PyTuple_Pack(2, waiter->callback, object);
       PyObject* call_kwargs = PyDict_New();
       if (call_kwargs && waiter->context) PyDict_SetItemString(call_kwargs, "context", waiter->context);
-      PyObject* handle = call_args && call_kwargs ? PyObject_Call(call_soon, call_args, call_kwargs) : nullptr;
+      PyObject* handle =
+          call_args && call_kwargs ? PyObject_Call(call_soon, call_args, call_kwargs) : nullptr;
       Py_DECREF(call_soon);
       Py_XDECREF(call_args);
       Py_XDECREF(call_kwargs);
@@ -167,14 +166,12 @@ PyObject* waiter_cancel(PyObject* object, PyObject* args, PyObject* kwargs) {
 
 PyObject* waiter_result(PyObject* object, PyObject*) {
   switch (self_of(object)->state) {
-    case WaiterObject::State::cancelled:
-      return raise_cancelled(self_of(object));
+    case WaiterObject::State::cancelled: return raise_cancelled(self_of(object));
     case WaiterObject::State::pending:
       PyErr_SetString(PyExc_RuntimeError, "the result is not there yet");
       return nullptr;
     case WaiterObject::State::done:
-    case WaiterObject::State::consumed:
-      break;
+    case WaiterObject::State::consumed: break;
   }
   Py_RETURN_NONE;  // the value is returned by the await itself
 }
@@ -246,8 +243,8 @@ PyMethodDef kMethods[] = {
     {"add_done_callback", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(waiter_add_done_callback)),
      METH_FASTCALL | METH_KEYWORDS, nullptr},
     {"remove_done_callback", waiter_remove_done_callback, METH_O, nullptr},
-    {"cancel", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(waiter_cancel)), METH_VARARGS | METH_KEYWORDS,
-     nullptr},
+    {"cancel", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(waiter_cancel)),
+     METH_VARARGS | METH_KEYWORDS, nullptr},
     {"result", waiter_result, METH_NOARGS, nullptr},
     {"exception", waiter_exception, METH_NOARGS, nullptr},
     {"done", waiter_done, METH_NOARGS, nullptr},
@@ -279,8 +276,7 @@ PyType_Spec kSpec = {"ratesync._core.Waiter", sizeof(WaiterObject), 0,
 // --- awaitables that are done already -----------------------------------------------------------
 
 struct ReadyObject {
-  PyObject_HEAD
-  PyObject* value;  // immortal singletons only: never collected
+  PyObject_HEAD PyObject* value;  // immortal singletons only: never collected
 };
 
 PySendResult ready_send(PyObject* object, PyObject*, PyObject** result) {
@@ -382,8 +378,7 @@ void abandon(WaiterObject* waiter) {
       if (waiter->permit) waiter->permit->phase = Phase::idle;
       break;
     case WaiterObject::State::cancelled:
-    case WaiterObject::State::consumed:
-      break;
+    case WaiterObject::State::consumed: break;
   }
 }
 
@@ -420,17 +415,22 @@ void give_back(engine::Engine& engine, engine::Completion* completion) {
   auto* task = dynamic_cast<engine::AcquireTask*>(completion);
   if (!task || task->outcome != engine::Outcome::granted) return;
   if (!task->charged_rate && !task->permit) return;
-  engine.submit(engine::GiveBack{task->limiter, task->group, task->cost, task->charged_rate,
-                                 {task->submitted + task->waited, task->stamp}, task->permit});
+  engine.submit(engine::GiveBack{task->limiter,
+                                 task->group,
+                                 task->cost,
+                                 task->charged_rate,
+                                 {task->submitted + task->waited, task->stamp},
+                                 task->permit});
 }
 
 PyObject* raise_status(const Status& status, const std::string& store_id) {
   const std::string code(to_string(status.code));
-  PyObject* error = state().status_error
-                        ? PyObject_CallFunction(state().status_error, "s#s#s#s#", code.data(), code.size(),
-                                                status.message.data(), status.message.size(), status.sqlstate.data(),
-                                                status.sqlstate.size(), store_id.data(), store_id.size())
-                        : PyObject_CallFunction(PyExc_RuntimeError, "s#", status.message.data(), status.message.size());
+  PyObject* error =
+      state().status_error
+          ? PyObject_CallFunction(state().status_error, "s#s#s#s#", code.data(), code.size(),
+                                  status.message.data(), status.message.size(), status.sqlstate.data(),
+                                  status.sqlstate.size(), store_id.data(), store_id.size())
+          : PyObject_CallFunction(PyExc_RuntimeError, "s#", status.message.data(), status.message.size());
   if (error) {
     PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error)), error);
     Py_DECREF(error);

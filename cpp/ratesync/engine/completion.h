@@ -32,9 +32,9 @@ class Completion {
   // I/O thread: nobody will read the result any more. Gives back what was granted.
   virtual void orphaned() = 0;
 
-  Completion* next = nullptr;          // intrusive queue link
+  Completion* next = nullptr;  // intrusive queue link
   std::shared_ptr<CompletionTarget> target;
-  void* cookie = nullptr;              // the reader's
+  void* cookie = nullptr;  // the reader's
 
  protected:
   virtual ~Completion() = default;

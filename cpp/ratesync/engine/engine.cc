@@ -35,7 +35,8 @@ Engine::~Engine() {
 
 bool Engine::forked() const { return ::getpid() != pid_; }
 
-Result<StoreEntry*> Engine::add_store(const std::string& id, const std::string& kind, const StoreOptions& options) {
+Result<StoreEntry*> Engine::add_store(const std::string& id, const std::string& kind,
+                                      const StoreOptions& options) {
   if (!running()) return Status::make(Code::closed, "the engine was shut down");
   Result<std::unique_ptr<store::Store>> made = make_store(kind, options, io_->context(), clock_);
   if (!made.ok()) return made.status();

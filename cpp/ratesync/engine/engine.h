@@ -31,12 +31,30 @@ struct StoreEntry {
 };
 
 // What may be put on the I/O thread's queue.
-struct StartTask { AcquireTask* task; };   // takes over one reference
-struct CancelTask { AcquireTask* task; };  // takes over one reference
-struct ReleasePermit { PermitRef permit; };
-struct SlotFreed { LimiterRef limiter; std::string group; };
-struct GiveBack { LimiterRef limiter; store::GroupRef group; std::int64_t cost; bool charged; RateSlot slot; PermitRef permit; };
-struct Run { std::function<void()> work; };
+struct StartTask {
+  AcquireTask* task;
+};  // takes over one reference
+struct CancelTask {
+  AcquireTask* task;
+};  // takes over one reference
+struct ReleasePermit {
+  PermitRef permit;
+};
+struct SlotFreed {
+  LimiterRef limiter;
+  std::string group;
+};
+struct GiveBack {
+  LimiterRef limiter;
+  store::GroupRef group;
+  std::int64_t cost;
+  bool charged;
+  RateSlot slot;
+  PermitRef permit;
+};
+struct Run {
+  std::function<void()> work;
+};
 using Submission = std::variant<StartTask, CancelTask, ReleasePermit, SlotFreed, GiveBack, Run>;
 
 class Engine {

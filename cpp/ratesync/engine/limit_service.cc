@@ -21,8 +21,7 @@ bool is_outage(const Status& status) {
   switch (status.code) {
     case Code::unavailable:
     case Code::in_doubt:
-    case Code::timeout:
-      return true;
+    case Code::timeout: return true;
     case Code::server: {
       const std::string_view state = status.sqlstate;
       return state.starts_with("28") || state.starts_with("57P") || state.starts_with("53") ||
@@ -34,8 +33,7 @@ bool is_outage(const Status& status) {
     case Code::exhausted:
     case Code::protocol:
     case Code::closed:
-    case Code::internal:
-      return false;
+    case Code::internal: return false;
   }
   return false;
 }
@@ -93,7 +91,8 @@ void LimitService::drop_if_idle(GroupState& group) {
 }
 
 Nanos LimitService::jittered(Nanos base) {
-  return base / 2 + static_cast<Nanos>(std::uniform_real_distribution<>(0.0, 1.0)(random_) * static_cast<double>(base));
+  return base / 2 +
+         static_cast<Nanos>(std::uniform_real_distribution<>(0.0, 1.0)(random_) * static_cast<double>(base));
 }
 
 // --- asking the store -------------------------------------------------------------------------
@@ -380,8 +379,8 @@ void LimitService::slot_freed(const std::string& id) {
   if (shared_) return ask(*group, 1);
   // Answered inside the call. Whoever leaves refused, because the rate does not suit its deadline,
   // leaves the slot to those behind; so it goes on until the store says full.
-  for (std::size_t before = group->waiters.size() + 1; group && !group->waiters.empty() && group->waiters.size() < before;
-       group = find(id)) {
+  for (std::size_t before = group->waiters.size() + 1;
+       group && !group->waiters.empty() && group->waiters.size() < before; group = find(id)) {
     before = group->waiters.size();
     ask(*group, 1);
   }
@@ -392,7 +391,8 @@ void LimitService::was_reset(const std::string& id) {
   if (!group) return;
   // Their slots were dealt from what is forgotten now; who comes anew must not overtake them.
   std::vector<AcquireTask*> sleepers;
-  for (const SleeperRun& run : group->runs) sleepers.insert(sleepers.end(), run.sleepers.begin(), run.sleepers.end());
+  for (const SleeperRun& run : group->runs)
+    sleepers.insert(sleepers.end(), run.sleepers.begin(), run.sleepers.end());
   group->runs.clear();
   group->refunded = {};
   waiting_ -= sleepers.size();
@@ -479,16 +479,14 @@ void LimitService::give_back(const store::GroupRef& group, std::int64_t cost, bo
 void LimitService::cancel(AcquireTask* task, Outcome outcome) {
   switch (task->state_) {
     case AcquireTask::State::created:
-    case AcquireTask::State::finished:
-      return;  // the reader of the completion gives back
+    case AcquireTask::State::finished: return;  // the reader of the completion gives back
     case AcquireTask::State::sleeping:
       leave_sleepers(task);
       task->charged_rate = false;
       if (task->permit) release(std::exchange(task->permit, nullptr));
       return finish(task, outcome);
     case AcquireTask::State::waiting:
-    case AcquireTask::State::in_store:
-      break;
+    case AcquireTask::State::in_store: break;
   }
   const bool in_store = task->state_ == AcquireTask::State::in_store || task->asking_;
   if (in_store) {
@@ -534,7 +532,8 @@ void LimitService::fire() {
   std::vector<AcquireTask*> overdue;
   for (AcquireTask* task : in_store_) {
     // An answer to anybody proves that the store is alive and that we are only queueing.
-    if (now - std::max(task->sent_, last_answer_) >= task->limiter->policy.outage_budget) overdue.push_back(task);
+    if (now - std::max(task->sent_, last_answer_) >= task->limiter->policy.outage_budget)
+      overdue.push_back(task);
   }
   for (AcquireTask* task : overdue) {
     if (task->state_ == AcquireTask::State::finished) continue;
@@ -577,15 +576,9 @@ void LimitService::finish(AcquireTask* task, Outcome outcome) {
       add(counters.timeouts);
       add(task->why == Verdict::rate_limited ? counters.refused_rate : counters.refused_concurrency);
       break;
-    case Outcome::passed_open:
-      add(counters.passed_open);
-      break;
-    case Outcome::failed:
-      add(counters.failed);
-      break;
-    case Outcome::cancelled:
-      add(counters.cancelled);
-      break;
+    case Outcome::passed_open: add(counters.passed_open); break;
+    case Outcome::failed: add(counters.failed); break;
+    case Outcome::cancelled: add(counters.cancelled); break;
   }
   task->target->deliver(task);  // hands over the reference; task may be gone now
 }

@@ -44,18 +44,18 @@ struct Policy {
 struct Counters {
   std::atomic<std::uint64_t> quick_acquisitions{0};  // granted without leaving the calling thread
   std::atomic<Nanos> last_acquisition{0};
-  std::atomic<std::uint64_t> acquisitions{0};        // granted through the I/O thread
+  std::atomic<std::uint64_t> acquisitions{0};  // granted through the I/O thread
   std::atomic<std::uint64_t> wait_ns{0};
   std::atomic<std::uint64_t> max_wait_ns{0};
-  std::atomic<std::uint64_t> timeouts{0};            // refused: rate or concurrency
+  std::atomic<std::uint64_t> timeouts{0};  // refused: rate or concurrency
   std::atomic<std::uint64_t> refused_rate{0};
   std::atomic<std::uint64_t> refused_concurrency{0};
   std::atomic<std::uint64_t> cancelled{0};
-  std::atomic<std::uint64_t> passed_open{0};         // let through because the store was down
-  std::atomic<std::uint64_t> failed{0};              // store errors raised to callers
+  std::atomic<std::uint64_t> passed_open{0};  // let through because the store was down
+  std::atomic<std::uint64_t> failed{0};       // store errors raised to callers
   std::atomic<std::uint64_t> releases{0};
   std::atomic<std::uint64_t> leases_lost{0};
-  std::atomic<std::int64_t> held{0};                 // slots held through this object (gauge)
+  std::atomic<std::int64_t> held{0};  // slots held through this object (gauge)
 };
 
 // Shared by the Python limiter and the operations under way.
@@ -126,7 +126,7 @@ class AcquireTask final : public Completion, public store::AcquireOp, public Tim
   Outcome outcome = Outcome::granted;
   store::Verdict why = store::Verdict::granted;
   Status status;
-  bool outage = false;    // status is one that the failure policy answers
+  bool outage = false;  // status is one that the failure policy answers
   Nanos waited = 0;
   Nanos retry_after = 0;
   std::int64_t remaining = 0;
@@ -139,8 +139,8 @@ class AcquireTask final : public Completion, public store::AcquireOp, public Tim
   ~AcquireTask() override = default;
 
   State state_ = State::created;
-  bool asking_ = false;     // a waiter whose question is in the store
-  bool given_up_ = false;   // cancelled or failed while the store still has it
+  bool asking_ = false;    // a waiter whose question is in the store
+  bool given_up_ = false;  // cancelled or failed while the store still has it
   Nanos sent_ = 0;
   std::list<AcquireTask*>::iterator place_;    // in the waiters of its group or the sleepers of its run
   std::list<SleeperRun>::iterator run_;        // while sleeping
@@ -151,11 +151,12 @@ class LimitService final : public TimerNode {
  public:
   LimitService(store::Store& store, Timers& timers, std::uint64_t seed);
 
-  void start(AcquireTask* task);   // takes over one reference
+  void start(AcquireTask* task);                                         // takes over one reference
   void cancel(AcquireTask* task, Outcome outcome = Outcome::cancelled);  // borrowed
   void release(const PermitRef& permit);
   // Gives back what a delivered result granted, at `slot`, and nobody wants.
-  void give_back(const store::GroupRef& group, std::int64_t cost, bool charged, RateSlot slot, const PermitRef& permit);
+  void give_back(const store::GroupRef& group, std::int64_t cost, bool charged, RateSlot slot,
+                 const PermitRef& permit);
   // A slot of the group became free by another way (memory's fast path).
   void slot_freed(const std::string& group);
   // The store forgot what was consumed: everybody who waits asks again, in order.
@@ -185,7 +186,8 @@ class LimitService final : public TimerNode {
       void fire() override { group->service->due(*group); }
       GroupState* group;
     };
-    GroupState(LimitService* owner, store::GroupRef ref) : service(owner), group(std::move(ref)), alarm(this) {}
+    GroupState(LimitService* owner, store::GroupRef ref)
+        : service(owner), group(std::move(ref)), alarm(this) {}
     void fire() override { service->poll(*this); }
     LimitService* service;
     store::GroupRef group;

@@ -18,8 +18,12 @@ class Reader {
  public:
   explicit Reader(const StoreOptions& options) : left_(options) {}
 
-  void text(const char* name, std::string& into) { read(name, "a string", [&](const Option& o) { return take(o, into); }); }
-  void flag(const char* name, bool& into) { read(name, "true or false", [&](const Option& o) { return take(o, into); }); }
+  void text(const char* name, std::string& into) {
+    read(name, "a string", [&](const Option& o) { return take(o, into); });
+  }
+  void flag(const char* name, bool& into) {
+    read(name, "true or false", [&](const Option& o) { return take(o, into); });
+  }
   void count(const char* name, std::size_t& into) {
     std::int64_t value = 0;
     read(name, "a whole number from 0", [&](const Option& o) {
@@ -32,8 +36,10 @@ class Reader {
     read(name, "seconds above 0 and up to 86400", [&](const Option& o) {
       std::int64_t whole = 0;
       double value = 0;
-      if (take(o, whole)) value = static_cast<double>(whole);
-      else if (!take(o, value)) return false;
+      if (take(o, whole))
+        value = static_cast<double>(whole);
+      else if (!take(o, value))
+        return false;
       if (!(value > 0 && value <= 86'400)) return false;
       into = static_cast<Nanos>(value * 1e9);
       return true;
@@ -42,7 +48,8 @@ class Reader {
   void ignore(const char* name) { left_.erase(name); }
   Status finish() {
     if (status_.ok() && !left_.empty())
-      status_ = Status::make(Code::invalid, fmt::format("the postgres store has no option '{}'", left_.begin()->first));
+      status_ = Status::make(Code::invalid,
+                             fmt::format("the postgres store has no option '{}'", left_.begin()->first));
     return status_;
   }
 
@@ -95,7 +102,8 @@ Result<std::unique_ptr<store::Store>> make_store(const std::string& kind, const 
   (void)io;
   if (kind == "memory") {
     if (!options.empty())
-      return Status::make(Code::invalid, fmt::format("the memory store has no options, got '{}'", options.begin()->first));
+      return Status::make(Code::invalid,
+                          fmt::format("the memory store has no options, got '{}'", options.begin()->first));
     return std::unique_ptr<store::Store>(std::make_unique<memory::MemoryStore>(clock));
   }
   if (kind == "postgres") {
@@ -104,9 +112,10 @@ Result<std::unique_ptr<store::Store>> make_store(const std::string& kind, const 
     if (!parsed.ok()) return parsed.status();
     return postgres::PostgresStore::create(io, clock, std::move(parsed.value()));
 #else
-    return Status::make(Code::invalid,
-                        "this build of ratesync has no PostgreSQL store: install libpq (Debian: libpq-dev) and "
-                        "build again with  pip install --no-binary ratesync \"ratesync[postgres]\"");
+    return Status::make(
+        Code::invalid,
+        "this build of ratesync has no PostgreSQL store: install libpq (Debian: libpq-dev) and "
+        "build again with  pip install --no-binary ratesync \"ratesync[postgres]\"");
 #endif
   }
   return Status::make(Code::invalid, fmt::format("unknown engine '{}': expected memory or postgres", kind));

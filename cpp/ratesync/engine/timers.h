@@ -35,7 +35,10 @@ class Timers {
   void arm(TimerNode& node, Nanos at);  // re-arms when armed
   void cancel(TimerNode& node);
   void run_due();
-  void stop() { timer_.cancel(); stopped_ = true; }
+  void stop() {
+    timer_.cancel();
+    stopped_ = true;
+  }
   [[nodiscard]] std::size_t size() const { return nodes_.size(); }
   [[nodiscard]] Nanos now() const { return clock_.now(); }
 

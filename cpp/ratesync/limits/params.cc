@@ -19,7 +19,8 @@ Status validate(const Params& p) {
     return bad("rate_per_second or max_concurrent", "at least one of the two", "neither");
   if (p.rate_per_second != 0) {
     if (!std::isfinite(p.rate_per_second) || p.rate_per_second <= 0 || p.rate_per_second > kMaxRate)
-      return bad("rate_per_second", "a finite number above 0 and at most 1e9", fmt::format("{}", p.rate_per_second));
+      return bad("rate_per_second", "a finite number above 0 and at most 1e9",
+                 fmt::format("{}", p.rate_per_second));
     const double horizon = static_cast<double>(p.burst) * p.interval();
     if (horizon > static_cast<double>(kMaxHorizon))
       return bad("rate_per_second", "a rate that refills the burst within 31 years",

@@ -9,15 +9,15 @@
 
 namespace ratesync::limits {
 
-inline constexpr double kMaxRate = 1e9;                       // one per nanosecond
+inline constexpr double kMaxRate = 1e9;                          // one per nanosecond
 inline constexpr Nanos kMaxHorizon = 1'000'000'000LL * kSecond;  // about 31 years
 inline constexpr std::int64_t kMaxBurst = 1'000'000'000;
 inline constexpr std::int64_t kMaxConcurrent = 1'000'000'000;
 
 struct Params {
-  double rate_per_second = 0;       // 0: no rate limit
-  std::int64_t burst = 1;           // units that may be taken at once after idling; >= 1
-  std::int64_t max_concurrent = 0;  // 0: no concurrency limit
+  double rate_per_second = 0;         // 0: no rate limit
+  std::int64_t burst = 1;             // units that may be taken at once after idling; >= 1
+  std::int64_t max_concurrent = 0;    // 0: no concurrency limit
   Nanos timing_margin = 10 * kMilli;  // forgiven earliness; never more than one interval is used
   Nanos lease = 30 * kSecond;         // a holder that does not renew for this long lost its slots
 

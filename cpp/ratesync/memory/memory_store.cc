@@ -86,7 +86,8 @@ store::Capabilities MemoryStore::capabilities() const {
 }
 
 void MemoryStore::doctor(store::Callback<std::vector<store::Finding>> done) {
-  done(std::vector<store::Finding>{{store::Finding::Level::ok, "memory", "embedded store of this process: nothing to set up"}});
+  done(std::vector<store::Finding>{
+      {store::Finding::Level::ok, "memory", "embedded store of this process: nothing to set up"}});
 }
 
 void MemoryStore::acquire(store::AcquireOp* op) {
@@ -136,7 +137,8 @@ std::int64_t MemoryStore::refund(const store::GroupRef& group, std::int64_t cost
   return it->second.tat;
 }
 
-void MemoryStore::settle(const store::GroupRef& group, std::int64_t delta, store::Callback<store::Unit> done) {
+void MemoryStore::settle(const store::GroupRef& group, std::int64_t delta,
+                         store::Callback<store::Unit> done) {
   if (group->params.has_rate() && delta != 0) {
     Shard& shard = shard_of(group->id);
     const Nanos now = clock_.now();
@@ -144,7 +146,8 @@ void MemoryStore::settle(const store::GroupRef& group, std::int64_t delta, store
     Cell& cell = cell_of(shard, group->id);
     const Nanos shift = limits::span(group->params, std::abs(delta));
     // Down to the past at most: units that were never charged cannot be saved up.
-    cell.tat = delta > 0 ? std::min(std::max(cell.tat, now) + shift, now + kMaxAhead) : std::max<Nanos>(cell.tat - shift, 0);
+    cell.tat = delta > 0 ? std::min(std::max(cell.tat, now) + shift, now + kMaxAhead)
+                         : std::max<Nanos>(cell.tat - shift, 0);
     ++cell.version;
   }
   done(store::Unit{});

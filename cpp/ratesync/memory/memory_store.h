@@ -62,8 +62,8 @@ class Pin {
 };
 
 enum class Quick {
-  granted,   // charged, go
-  refused,   // it would have to wait (nothing charged)
+  granted,  // charged, go
+  refused,  // it would have to wait (nothing charged)
 };
 
 struct QuickReply {
@@ -110,7 +110,9 @@ class MemoryStore final : public store::Store, public store::LimitStore {
   // LimitStore; all of these may be called on any thread.
   void acquire(store::AcquireOp* op) override;
   bool abandon(store::AcquireOp*) override { return false; }
-  void release(const store::GroupRef& group, store::HolderId holder) override { release_slot(group->id, holder); }
+  void release(const store::GroupRef& group, store::HolderId holder) override {
+    release_slot(group->id, holder);
+  }
   std::int64_t refund(const store::GroupRef& group, std::int64_t cost, std::int64_t stamp) override;
   void settle(const store::GroupRef& group, std::int64_t delta, store::Callback<store::Unit> done) override;
   void peek(const store::GroupRef& group, store::Callback<store::Peek> done) override;
@@ -130,7 +132,8 @@ class MemoryStore final : public store::Store, public store::LimitStore {
   std::atomic<store::HolderId> epoch_{1};  // of the newest reset
 };
 
-inline QuickReply MemoryStore::decide_now(Cell& cell, const store::Group& group, std::int64_t cost, Nanos now) {
+inline QuickReply MemoryStore::decide_now(Cell& cell, const store::Group& group, std::int64_t cost,
+                                          Nanos now) {
   const limits::Params& params = group.params;
   if (params.has_concurrency() && (cell.active >= params.max_concurrent || cell.waiters > 0))
     return {Quick::refused, store::Verdict::concurrency_full, 0, now, 0};

@@ -127,8 +127,9 @@ OpList in_order_of_arrival(const OpList& pending) {
   }
   OpList out = pending;
   if (sorted) return out;
-  std::stable_sort(acquires.begin(), acquires.end(),
-                   [](const QueuedOp* a, const QueuedOp* b) { return a->acquire->order < b->acquire->order; });
+  std::stable_sort(acquires.begin(), acquires.end(), [](const QueuedOp* a, const QueuedOp* b) {
+    return a->acquire->order < b->acquire->order;
+  });
   auto next = acquires.begin();
   for (QueuedOp*& op : out)
     if (op->kind == QueuedOp::Kind::acquire) op = *next++;

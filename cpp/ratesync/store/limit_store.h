@@ -65,25 +65,25 @@ struct AcquireOp {
 
 // The state of a limit, read without charging anything.
 struct Peek {
-  std::int64_t available = 0;      // units that could be taken now (rate), else free slots
-  std::int64_t in_use = 0;         // concurrency slots held now, in all processes
-  Nanos retry_after = 0;           // until one unit could be had; 0 = now
-  Nanos full_after = 0;            // until the bucket is full again
+  std::int64_t available = 0;  // units that could be taken now (rate), else free slots
+  std::int64_t in_use = 0;     // concurrency slots held now, in all processes
+  Nanos retry_after = 0;       // until one unit could be had; 0 = now
+  Nanos full_after = 0;        // until the bucket is full again
 };
 
 struct HolderInfo {
   std::string group;
-  std::string holder;      // host:pid and application, as text
+  std::string holder;  // host:pid and application, as text
   std::int64_t slots = 0;
   Nanos held_for = 0;
-  Nanos expires_in = 0;    // negative: expired
+  Nanos expires_in = 0;  // negative: expired
 };
 
 struct GroupInfo {
   std::string group;
-  Nanos last_ahead = 0;        // last_acquisition_at minus the server's now
+  Nanos last_ahead = 0;  // last_acquisition_at minus the server's now
   std::int64_t version = 0;
-  std::int64_t in_use = 0;     // unexpired slots
+  std::int64_t in_use = 0;  // unexpired slots
 };
 
 struct Listing {

@@ -37,8 +37,8 @@ struct Capabilities {
 struct Stats {
   std::uint64_t round_trips = 0;
   std::uint64_t statements = 0;
-  std::uint64_t batched_ops = 0;   // operations carried by those round trips
-  std::uint64_t conflicts = 0;     // lost races that were retried
+  std::uint64_t batched_ops = 0;  // operations carried by those round trips
+  std::uint64_t conflicts = 0;    // lost races that were retried
   std::uint64_t reconnects = 0;
   std::uint64_t leases_lost = 0;
   std::uint64_t connections_open = 0;     // gauge
