@@ -1,0 +1,231 @@
+"""Limits through PgBouncer in transaction mode, where every transaction may meet another session.
+
+The pooler has three server connections for everybody, so that sessions are really shared. asyncpg looks
+at the database directly, past the pooler.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import multiprocessing
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+import pytest
+
+import ratesync
+
+SPAWN = multiprocessing.get_context("spawn")
+BINARY = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
+
+# In continuous integration a missing pooler is an error, not a reason to test less.
+pytestmark = [
+    pytest.mark.skipif(
+        BINARY is None and not os.environ.get("CI"), reason="needs pgbouncer (apt-get install)"
+    ),
+    pytest.mark.timeout(60),
+]
+
+
+class PgBouncer:
+    """One pooler in front of the server of `url`, in a directory of its own."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        self._home = Path(tempfile.mkdtemp(prefix="ratesync-bouncer-"))
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        password = f" password={parts.password}" if parts.password else ""
+        (self._home / "ini").write_text(
+            f"[databases]\n* = host={parts.hostname} port={parts.port or 5432} user={parts.username}{password}\n"
+            f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {self.port}\nunix_socket_dir =\n"
+            "auth_type = any\npool_mode = transaction\ndefault_pool_size = 3\nmax_client_conn = 500\n"
+        )
+        self._identity: dict[str, object] = {}
+        if os.geteuid() == 0:  # which PgBouncer refuses
+            user = pwd.getpwnam("postgres")
+            self._identity = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+            for path in (self._home, self._home / "ini"):
+                os.chown(path, user.pw_uid, user.pw_gid)
+        self._process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    def start(self) -> None:
+        assert BINARY is not None, "pgbouncer is not installed"
+        with (self._home / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [BINARY, str(self._home / "ini")],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                **self._identity,
+            )
+        deadline = time.monotonic() + 20
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+                return
+            ended = self._process.poll() is not None
+            if ended or time.monotonic() > deadline:
+                raise RuntimeError(f"PgBouncer did not start; its log:\n{(self._home / 'log').read_text()}")
+            time.sleep(0.01)
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def close(self) -> None:
+        self.stop()
+        shutil.rmtree(self._home, ignore_errors=True)
+
+    def through(self, url: str) -> str:
+        parts = urlsplit(url)
+        return urlunsplit(parts._replace(netloc=f"{parts.username}@127.0.0.1:{self.port}"))
+
+
+@pytest.fixture
+def bouncer(ratesync_postgres_url: str) -> Iterator[PgBouncer]:
+    pooler = PgBouncer(ratesync_postgres_url)
+    yield pooler
+    ratesync.shutdown()
+    pooler.close()
+
+
+@pytest.fixture
+def pooled_url(bouncer: PgBouncer, ratesync_postgres_url: str) -> str:
+    return bouncer.through(ratesync_postgres_url)
+
+
+def configure(url: str, statement_cache: str = "auto", **limiter: object) -> None:
+    ratesync.configure_store("db", "postgres", url=url, auto_create=True, statement_cache=statement_cache)
+    if limiter:
+        ratesync.configure_limiter("shared", "db", fail_closed=True, outage_budget=5.0, **limiter)
+
+
+def _work(url: str, cache: str, slots: int, tasks: int, rounds: int) -> tuple[int, int]:
+    """Takes slots and a finite budget of another limiter; returns the most inside, and the grants."""
+
+    async def main() -> tuple[int, int]:
+        import asyncpg
+
+        configure(url, cache, max_concurrent=slots)
+        ratesync.configure_limiter(
+            "budget", "db", rate_per_second=0.0001, burst=37, fail_closed=True, outage_budget=5.0
+        )
+        most = granted = 0
+        async with asyncpg.create_pool(url, min_size=1, max_size=2, statement_cache_size=0) as pool:
+
+            async def worker() -> None:
+                nonlocal most, granted
+                for _ in range(rounds):
+                    async with ratesync.acquire("shared"):
+                        now_inside = await pool.fetchval("UPDATE inside SET n = n + 1 RETURNING n")
+                        most = max(most, now_inside)
+                        await pool.execute("UPDATE inside SET n = n - 1")
+                    got = await ratesync.try_acquire("budget")
+                    granted += got
+
+            await asyncio.gather(*(worker() for _ in range(tasks)))
+        return most, granted
+
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize("cache", ["auto", "on", "off"])
+async def test_two_processes_share_slots_and_rates_exactly(pooled_url, ratesync_asyncpg, cache):
+    await ratesync_asyncpg.execute("CREATE TABLE inside (n int); INSERT INTO inside VALUES (0)")
+    loop = asyncio.get_running_loop()
+    with ProcessPoolExecutor(2, mp_context=SPAWN) as executor:
+        work = [loop.run_in_executor(executor, _work, pooled_url, cache, 3, 8, 8) for _ in range(2)]
+        results = await asyncio.gather(*work)
+    assert max(most for most, _ in results) <= 3
+    assert sum(granted for _, granted in results) == 37
+    async with asyncio.timeout(5):
+        while await ratesync_asyncpg.fetchval("SELECT count(*) FROM rate_limiter_state_leases"):
+            await asyncio.sleep(0.02)
+
+
+async def test_leases_are_renewed_through_the_pooler(pooled_url, ratesync_asyncpg):
+    configure(pooled_url, max_concurrent=1, lease_seconds=1.0)
+    async with ratesync.acquire("shared") as permit:
+        expires = "SELECT expires_at FROM rate_limiter_state_leases"
+        first = await ratesync_asyncpg.fetchval(expires)
+        await asyncio.sleep(1.6)
+        assert not permit.lost
+        assert (await ratesync_asyncpg.fetchval(expires) - first).total_seconds() >= 1.0
+    assert await ratesync.try_acquire("shared", timeout=1)
+
+
+async def test_everybodys_sessions_stay_as_they_were(pooled_url, ratesync_asyncpg):
+    import asyncpg
+
+    configure(pooled_url, rate_per_second=1e6, burst=1000)
+    await asyncio.gather(*(ratesync.acquire("shared", key=str(i % 7)) for i in range(200)))
+    subjects = {finding["subject"] for finding in await ratesync.get_store("db").doctor()}
+    assert "pooler" in subjects
+    for _ in range(6):
+        connection = await asyncpg.connect(pooled_url, statement_cache_size=0)
+        changed = await connection.fetch(
+            "SELECT name, setting FROM pg_settings WHERE source = 'session' AND name LIKE ANY ($1)",
+            ["enable_%", "plan_cache%", "synchronous%", "default_transaction%"],
+        )
+        assert changed == []
+        assert (
+            await connection.fetch("SELECT name FROM pg_prepared_statements WHERE name LIKE 'ratesync%'")
+            == []
+        )
+        await connection.close()
+
+
+async def test_the_pooler_restarts_and_slots_survive(bouncer, pooled_url):
+    configure(pooled_url, max_concurrent=1)
+    async with ratesync.acquire("shared") as permit:
+        bouncer.stop()
+        with pytest.raises(ratesync.RateLimiterAcquisitionError):
+            await ratesync.acquire("shared", timeout=0.2)
+        bouncer.start()
+        async with asyncio.timeout(10):
+            while True:
+                try:
+                    assert not await ratesync.try_acquire("shared")
+                    break
+                except ratesync.RateLimiterAcquisitionError:
+                    await asyncio.sleep(0.05)
+        assert not permit.lost
+    assert await ratesync.try_acquire("shared", timeout=2)
+
+
+async def test_a_serializable_database_behind_the_pooler_keeps_the_limits(pooled_url, ratesync_asyncpg):
+    # Nothing is set on a pooled session, so transactions run as the database says.
+    name = urlsplit(pooled_url).path.lstrip("/")
+    await ratesync_asyncpg.execute(
+        f"ALTER DATABASE \"{name}\" SET default_transaction_isolation = 'serializable'"
+    )
+    configure(pooled_url, max_concurrent=3)
+    ratesync.configure_limiter("budget", "db", rate_per_second=0.0001, burst=10)
+    inside = most = granted = 0
+
+    async def worker() -> None:
+        nonlocal inside, most, granted
+        for _ in range(5):
+            async with ratesync.acquire("shared"):
+                inside += 1
+                most = max(most, inside)
+                await asyncio.sleep(0)
+                inside -= 1
+            got = await ratesync.try_acquire("budget")
+            granted += got
+
+    await asyncio.gather(*(worker() for _ in range(20)))
+    assert (most, granted) == (3, 10)
