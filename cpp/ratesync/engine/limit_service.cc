@@ -24,8 +24,10 @@ bool is_outage(const Status& status) {
     case Code::timeout: return true;
     case Code::server: {
       const std::string_view state = status.sqlstate;
-      return state.starts_with("28") || state.starts_with("57P") || state.starts_with("53") ||
-             state.starts_with("08") || state == "25006";
+      // 57014, and 55P03 after all attempts: a timeout of the role or the server struck, as it does when
+      // somebody holds a lock. The server did not decide in time, which is what a budget is for.
+      return state.starts_with("28") || state.starts_with("57") || state.starts_with("53") ||
+             state.starts_with("58") || state.starts_with("08") || state == "25006" || state == "55P03";
     }
     case Code::ok:
     case Code::invalid:
@@ -190,9 +192,11 @@ void LimitService::replied(AcquireTask* task) {
 AcquireTask* LimitService::overtaken(AcquireTask* task) {
   GroupState* group = find(task->group->id);
   if (!group) return nullptr;
+  const Nanos slot = saturating_add(timers_.now(), task->reply.wait);
   for (AcquireTask* waiter : group->waiters) {
     if (waiter->order > task->order) return nullptr;
-    if (!waiter->asking_ && waiter->cost == task->cost) return waiter;
+    // A slot beyond its deadline is not the same grant: taken early, it would exceed the rate.
+    if (!waiter->asking_ && waiter->cost == task->cost && waiter->deadline >= slot) return waiter;
   }
   return nullptr;
 }
