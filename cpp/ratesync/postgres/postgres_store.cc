@@ -32,11 +32,15 @@ std::string holder_text(const ConnInfo& info) {
 }
 
 // On sessions that are ours alone. Plans of prepared statements are kept; made while the table was
-// small they would scan it for ever, so scanning is off and the first plan is the last.
+// small they would scan it for ever, so scanning is off and the first plan is the last. A connection
+// that we dropped (command_timeout) while its backend waits for a lock ends there too, or a row that
+// stays locked would collect backends up to max_connections; PostgreSQL 14 and later can.
 const Statement kSession{"", R"(
 SELECT set_config('enable_seqscan', 'off', false), set_config('enable_mergejoin', 'off', false),
        set_config('plan_cache_mode', 'force_generic_plan', false), set_config('jit', 'off', false),
-       set_config('default_transaction_isolation', 'read committed', false))"};
+       set_config('default_transaction_isolation', 'read committed', false),
+       (SELECT set_config(name, '2s', false) FROM pg_catalog.pg_settings
+        WHERE name = 'client_connection_check_interval' AND setting = '0'))"};
 
 void set_up_session(const std::shared_ptr<Connection>& connection, const Connection::Done& done) {
   if (!connection->named_statements()) return done(Status::success());
