@@ -276,7 +276,10 @@ def _print_status(report: dict[str, Any]) -> None:
             in_use,
             "now" if row["allowed"] else f"{row['retry_after']:.3g} s",
         )
-    console.print(table if report["limiters"] else "no limiters are configured")
+    if report["limiters"]:
+        console.print(table)
+    elif not report["errors"]:
+        console.print("no limiters are configured")
     if report["holders"]:
         holders = Table("group", "holder", "slots", "held for", "expires in", box=None, pad_edge=False)
         for row in report["holders"]:
@@ -301,7 +304,7 @@ def _find(file: str | None) -> str:
         return file
     path, note = find_config()
     if path is None:
-        raise _NoFile(f"no configuration file; name one, or write one with `ratesync init`{note}")
+        raise _NoFile(f"no configuration file{note}")
     return str(path)
 
 
