@@ -323,3 +323,26 @@ def test_sigint_ends_a_blocked_process() -> None:
     _, stderr = process.communicate(timeout=SECONDS)
     assert process.returncode in (-2, 130)
     assert "KeyboardInterrupt" in stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="starves the process of threads by Linux's limits")
+def test_a_system_that_gives_no_thread_is_an_error_and_no_abort() -> None:
+    script = PRELUDE + textwrap.dedent("""
+        with acquire("slot"):
+            for _ in range(2):
+                try:
+                    with acquire("slot", 0.1):
+                        pass
+                except ratesync.StoreExhaustedError as error:
+                    print("no further thread" in str(error))
+    """)
+    starve = textwrap.dedent("""
+        import os, resource, sys
+        resource.setrlimit(resource.RLIMIT_STACK, (4 << 30, resource.RLIM_INFINITY))  # of each new thread
+        limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (3 << 30, resource.RLIM_INFINITY))"
+        os.execv(sys.executable, [sys.executable, "-c", limit + sys.argv[1]])
+    """)
+    ended = subprocess.run(
+        [sys.executable, "-c", starve, script], capture_output=True, text=True, timeout=5, check=False
+    )
+    assert (ended.returncode, ended.stderr, ended.stdout) == (0, "", "True\nTrue\n")

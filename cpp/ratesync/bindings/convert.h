@@ -33,9 +33,8 @@ PyObject* make_call(std::shared_ptr<engine::Engine> engine, std::string store_id
       });
     }});
   };
-  const auto closed = [store_id] {
-    return raise_status(Status::make(Code::closed, "the engine was shut down: configure the store again"),
-                        store_id);
+  const auto closed = [engine, store_id] {
+    return raise_not_taken(*engine, store_id, "the engine was shut down: configure the store again");
   };
   const auto convert = [store_id](engine::Completion& completion) -> PyObject* {
     auto& task = static_cast<CallTask<T>&>(completion);

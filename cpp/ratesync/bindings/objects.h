@@ -150,6 +150,9 @@ void abandon(WaiterObject* waiter);    // whatever comes or came is given back
 PyObject* raise_thrown(PyObject* const* args, Py_ssize_t nargs);
 void give_back(engine::Engine& engine, engine::Completion* completion);
 PyObject* raise_status(const Status& status, const std::string& store_id);
+// Why Engine::submit() said no; `closed` is the text for an engine that was shut down.
+PyObject* raise_not_taken(const engine::Engine& engine, const std::string& store_id,
+                          const std::string& closed);
 
 // loop.cc
 // Imports asyncio at the first use that needs it: half of the time of `import ratesync` otherwise.

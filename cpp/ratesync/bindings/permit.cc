@@ -123,11 +123,11 @@ AcquireTask* new_task(PermitObject* permit, const LimiterImpl& impl) {
 }
 
 PyObject* raise_closed(const LimiterImpl& impl) {
-  return raise_status(
-      Status::make(Code::closed, "limiter '" + impl.id +
-                                     "' belongs to an engine that was shut down: get it again with "
-                                     "get_limiter() after configuring its store"),
-      impl.store_id);
+  return raise_not_taken(
+      *impl.engine, impl.store_id,
+      "limiter '" + impl.id +
+          "' belongs to an engine that was shut down: get it again with get_limiter() after "
+          "configuring its store");
 }
 
 }  // namespace

@@ -423,6 +423,16 @@ void give_back(engine::Engine& engine, engine::Completion* completion) {
                                  task->permit});
 }
 
+PyObject* raise_not_taken(const engine::Engine& engine, const std::string& store_id,
+                          const std::string& closed) {
+  if (!engine.running()) return raise_status(Status::make(Code::closed, closed), store_id);
+  return raise_status(
+      Status::make(Code::exhausted,
+                   "the system gives no further thread, and this call has to wait: see the limits of "
+                   "processes and memory (ulimit -u, -v, the container's pids limit)"),
+      store_id);
+}
+
 PyObject* raise_status(const Status& status, const std::string& store_id) {
   const std::string code(to_string(status.code));
   PyObject* error =

@@ -5,6 +5,7 @@
 #include <condition_variable>
 #include <future>
 #include <random>
+#include <system_error>
 #include <utility>
 
 namespace ratesync::engine {
@@ -51,22 +52,24 @@ Result<StoreEntry*> Engine::add_store(const std::string& id, const std::string& 
   return stores_.back().get();
 }
 
-void Engine::ensure_started() {
-  if (started_) return;
-  started_ = true;
-  io_->start();
+bool Engine::ensure_started() {
+  if (started_) return true;
+  try {
+    io_->start();
+  } catch (const std::system_error&) {
+    return false;
+  }
+  return started_ = true;
 }
 
 bool Engine::submit(Submission submission) {
   if (closed_) return false;  // in a forked child the mutex may be held for ever
   const std::lock_guard lock(submit_mutex_);
   if (closed_) return false;
+  if (!ensure_started()) return false;
   const bool was_empty = queue_.empty();
   queue_.push_back(std::move(submission));
-  if (was_empty) {
-    ensure_started();
-    io_->post([this] { drain(); });
-  }
+  if (was_empty) io_->post([this] { drain(); });
   return true;
 }
 

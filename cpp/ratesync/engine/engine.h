@@ -66,7 +66,8 @@ class Engine {
 
   // Any thread. The entry lives as long as the engine.
   Result<StoreEntry*> add_store(const std::string& id, const std::string& kind, const StoreOptions& options);
-  // Any thread. False: shut down; the submission was not taken and still belongs to the caller.
+  // Any thread. False: shut down, or the system gives no thread; the submission was not taken and
+  // still belongs to the caller.
   bool submit(Submission submission);
   // Any thread but the I/O thread: answers everything under way with Code::closed, gives held slots
   // back, closes the stores (within a bound) and joins.
@@ -82,7 +83,7 @@ class Engine {
   void abandon_after_fork();
 
  private:
-  void ensure_started();  // submit_mutex_ held
+  bool ensure_started();  // submit_mutex_ held
   void drain();
   void run(Submission& submission);
 
