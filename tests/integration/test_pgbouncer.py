@@ -48,7 +48,8 @@ class PgBouncer:
             self.port = probe.getsockname()[1]
         password = f" password={parts.password}" if parts.password else ""
         (self._home / "ini").write_text(
-            f"[databases]\n* = host={parts.hostname} port={parts.port or 5432} user={parts.username}{password}\n"
+            f"[databases]\n* = host={parts.hostname} port={parts.port or 5432} user={parts.username}"
+            f"{password}\n"
             f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {self.port}\nunix_socket_dir =\n"
             "auth_type = any\npool_mode = transaction\ndefault_pool_size = 3\nmax_client_conn = 500\n"
         )
