@@ -8,6 +8,7 @@ namespace ratesync::engine {
 namespace {
 
 using store::Verdict;
+using Local = Rig<memory::MemoryStore>;
 
 // --- failure policy -------------------------------------------------------------------------------
 
@@ -206,6 +207,19 @@ TEST(Cancel, RefundsOfOneBatchFollowEachOther) {
   EXPECT_EQ(rig.store.refunds, (std::vector<std::int64_t>{100, 99, 98}));
 }
 
+TEST(Cancel, ADealAfterARefundMayBearTheSameStamp) {
+  Local rig(params(8, 0));
+  rig.start();
+  AcquireTask* first = rig.start();
+  AcquireTask* second = rig.start();
+  rig.service.cancel(first);
+  AcquireTask* third = rig.start();  // dealt what was just given back
+  rig.service.cancel(third);
+  rig.service.cancel(second);
+  rig.store.peek(rig.limiter->group,
+                 [](Result<store::Peek> seen) { EXPECT_EQ(seen.value().full_after, kSecond / 8); });
+}
+
 TEST(Cancel, AfterTheEndItChangesNothing) {
   Slow rig;
   AcquireTask* task = rig.start();
@@ -357,8 +371,6 @@ TEST(Order, ButNotWhenItsSlotIsTooLateForTheOlder) {
 }
 
 // --- waiting on the memory store -------------------------------------------------------------------
-
-using Local = Rig<memory::MemoryStore>;
 
 TEST(Waiting, IsFirstComeFirstServed) {
   Local rig(params(0, 1));

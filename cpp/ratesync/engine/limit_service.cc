@@ -216,6 +216,8 @@ void LimitService::granted(AcquireTask* task) {
   task->remaining = task->reply.remaining;
   task->stamp = task->reply.stamp;
   task->charged_rate = task->group->params.has_rate();
+  // A deal after a refund may bear the very stamp that was refunded.
+  if (GroupState* group = find(task->group->id)) group->refunded = {};
   task->permit = hold(task);
   const Nanos now = timers_.now();
   // The margin may put a slot a little past the deadline; the caller is early then, never late.
