@@ -115,7 +115,7 @@ Result<std::unique_ptr<store::Store>> make_store(const std::string& kind, const 
     return Status::make(
         Code::invalid,
         "this build of ratesync has no PostgreSQL store: install libpq (Debian: libpq-dev) and "
-        "build again with  pip install --no-binary ratesync \"ratesync[postgres]\"");
+        "build ratesync again from its source");
 #endif
   }
   return Status::make(Code::invalid, fmt::format("unknown engine '{}': expected memory or postgres", kind));
