@@ -117,6 +117,13 @@ async def test_a_missing_table_names_the_cure(ratesync_postgres_url):
             pass
 
 
+async def test_doctor_does_not_call_a_table_that_auto_create_will_make_an_error(ratesync_postgres_url):
+    configure(ratesync_postgres_url)
+    findings = await ratesync.get_store("db").doctor()
+    assert [finding["level"] for finding in findings if finding["subject"] == "table"] == ["warning"]
+    assert not [finding for finding in findings if finding["level"] == "error"]
+
+
 async def test_missing_grants_name_the_grant_to_run(ratesync_postgres_url, ratesync_asyncpg):
     await ratesync_asyncpg.execute(SEED_DDL)
     await minimal_role(ratesync_asyncpg, "rs_reader", "SELECT")

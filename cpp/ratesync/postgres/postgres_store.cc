@@ -341,7 +341,8 @@ LEFT JOIN pg_catalog.pg_class AS c ON c.relnamespace = n.oid AND c.relname = nam
     checkup->add(major < 12 ? Level::error : Level::ok, "server version",
                  fmt::format("PostgreSQL {}.{} at {}{}", major, found.server_version % 10'000,
                              checkup->connection->peer(), major < 12 ? ": 12 is the oldest that works" : ""));
-    for (Finding& finding : schema_findings(names_, found)) checkup->findings.push_back(std::move(finding));
+    for (Finding& finding : schema_findings(names_, found, options_.auto_create))
+      checkup->findings.push_back(std::move(finding));
     if (result.status.ok() && result.results[0]->rows() == 1) {
       const Rows& row = *result.results[0];
       const std::int64_t skew = row.integer(0, 0) - (before + after) / 2;

@@ -290,7 +290,7 @@ Status check_catalogue(const TableNames& n, const Catalogue& found, bool auto_cr
   return Status::success();
 }
 
-std::vector<Finding> schema_findings(const TableNames& n, const Catalogue& found) {
+std::vector<Finding> schema_findings(const TableNames& n, const Catalogue& found, bool auto_create) {
   using Level = Finding::Level;
   std::vector<Finding> out;
   const auto add = [&out](Level level, std::string subject, std::string message) {
@@ -298,6 +298,12 @@ std::vector<Finding> schema_findings(const TableNames& n, const Catalogue& found
   };
   const std::string table = n.quoted(n.state);
   const Status status = check_catalogue(n, found, false);
+  if (status.sqlstate == "42P01" && auto_create) {
+    add(Level::warning, "table",
+        fmt::format("{} does not exist yet: auto_create makes it at the first use, or run `ratesync migrate`",
+                    table));
+    return out;
+  }
   if (!status.ok()) {
     add(Level::error, "table", status.message);
   } else {

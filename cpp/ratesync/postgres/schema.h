@@ -68,6 +68,7 @@ std::string migration_script(const TableNames& names, const std::vector<store::M
 // Ok when the store can work; else what is missing and the cure.
 Status check_catalogue(const TableNames& names, const Catalogue& found, bool auto_create);
 // The same and more, as a list.
-std::vector<store::Finding> schema_findings(const TableNames& names, const Catalogue& found);
+std::vector<store::Finding> schema_findings(const TableNames& names, const Catalogue& found,
+                                            bool auto_create);
 
 }  // namespace ratesync::postgres
