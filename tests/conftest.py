@@ -1,13 +1,12 @@
 """What holds for the whole suite: which event loop it runs on, and no configuration from outside.
 
-`pytest --loop=uvloop` runs everything on uvloop, `PYTHONASYNCIODEBUG=1` in asyncio's debug mode.
+`pytest --loop=uvloop` runs everything on uvloop, `--asyncio-debug` in asyncio's debug mode.
 The fixtures come from `ratesync.testing.plugin`, which pytest finds because ratesync is installed.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 
 import pytest
 
@@ -26,5 +25,4 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    debug = ", debug mode" if os.environ.get("PYTHONASYNCIODEBUG") else ""
-    return f"event loop: {config.getoption('--loop')}{debug}"
+    return f"event loop: {config.getoption('--loop')}"

@@ -13,7 +13,7 @@ step() {  # step NAME COMMAND...
   "${@:2}" || failed+=("$1")
 }
 
-step "asyncio debug mode" env PYTHONASYNCIODEBUG=1 "$venv/bin/python" -m pytest -q tests
+step "asyncio debug mode" "$venv/bin/python" -m pytest -q --asyncio-debug tests
 step "uvloop" "$venv/bin/python" -m pytest -q --loop=uvloop tests
 
 server_suites=()
