@@ -67,6 +67,19 @@ TEST(Outage, AnAnswerToAnybodyShowsThatTheStoreLives) {
   EXPECT_TRUE(rig.done(slow));
 }
 
+TEST(Outage, AStoreThatAnswersOthersForEverDoesNotExcuseOneCallForEver) {
+  Slow rig(params(0, 100), policy(false));
+  AcquireTask* stuck = rig.start();
+  for (int i = 0; i < 24 && !rig.done(stuck); ++i) {
+    rig.start();
+    std::swap(rig.store.asked.front(), rig.store.asked.back());
+    rig.store.grant();
+    rig.pass(100 * kMilli);
+  }
+  ASSERT_TRUE(rig.done(stuck));
+  EXPECT_EQ(stuck->outcome, Outcome::passed_open);
+}
+
 struct FailureCase {
   Code code;
   const char* sqlstate;

@@ -14,6 +14,8 @@ namespace {
 
 constexpr Nanos kPollMin = 20 * kMilli;
 constexpr Nanos kPollMax = 250 * kMilli;
+// How many outage budgets a call may wait for a store that answers others.
+constexpr Nanos kBudgetsWhileAlive = 8;
 
 // Failures that the failure policy answers. Everything else (a missing table, missing grants, our
 // own bounds) is a mistake that must be seen: letting calls pass would hide it.
@@ -537,8 +539,11 @@ void LimitService::fire() {
   const Nanos now = timers_.now();
   std::vector<AcquireTask*> overdue;
   for (AcquireTask* task : in_store_) {
-    // An answer to anybody proves that the store is alive and that we are only queueing.
-    if (now - std::max(task->sent_, last_answer_) >= task->limiter->policy.outage_budget)
+    // An answer to anybody proves that the store is alive and that we are only queueing. That may
+    // excuse a few budgets, not a row that somebody keeps locked while others are served.
+    const Nanos budget = task->limiter->policy.outage_budget;
+    if (now - std::max(task->sent_, last_answer_) >= budget ||
+        now - task->sent_ >= kBudgetsWhileAlive * budget)
       overdue.push_back(task);
   }
   for (AcquireTask* task : overdue) {
