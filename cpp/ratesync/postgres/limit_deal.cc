@@ -13,7 +13,8 @@ namespace ratesync::postgres {
 
 namespace {
 
-constexpr unsigned kAttempts = 5;
+constexpr unsigned kAttempts = 12;
+constexpr unsigned kLongestPause = 5;  // as a power of two, in milliseconds
 constexpr unsigned kLostRaces = 20;
 // A connection is given back after so many trips, so that others get their turn.
 constexpr unsigned kTripsInARow = 16;
@@ -288,7 +289,7 @@ void PgLimitStore::fail_ops(const OpList& ops, const Status& status) {
 }
 
 void PgLimitStore::retry_later(const TripPtr& trip) {
-  const Nanos pause = kMilli * (1 << trip->attempt);
+  const Nanos pause = kMilli * (1 << std::min(trip->attempt, kLongestPause));
   auto timer = std::make_shared<asio::steady_timer>(io_);
   timer->expires_after(
       std::chrono::nanoseconds(pause / 2 + static_cast<Nanos>(random_() % static_cast<unsigned>(pause))));
