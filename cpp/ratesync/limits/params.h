@@ -14,16 +14,29 @@ inline constexpr Nanos kMaxHorizon = 1'000'000'000LL * kSecond;  // about 31 yea
 inline constexpr std::int64_t kMaxBurst = 1'000'000'000;
 inline constexpr std::int64_t kMaxConcurrent = 1'000'000'000;
 
+// How units are spaced. The windows are described in limits/window.h.
+enum class Algorithm {
+  token_bucket,     // GCRA: rate_per_second and burst
+  sliding_window,   // at most `limit` units in any `window`: exact log
+  sliding_counter,  // the same, estimated from two counters
+  fixed_window,     // at most `limit` units per calendar window
+};
+
 struct Params {
-  double rate_per_second = 0;         // 0: no rate limit
-  std::int64_t burst = 1;             // units that may be taken at once after idling; >= 1
+  Algorithm algorithm = Algorithm::token_bucket;
+  double rate_per_second = 0;         // token_bucket: units per second; 0: no rate limit
+  std::int64_t burst = 1;             // token_bucket: units that may be taken at once after idling; >= 1
+  std::int64_t limit = 0;             // windows: units per window
+  Nanos window = 0;                   // windows: their length, whole microseconds
   std::int64_t max_concurrent = 0;    // 0: no concurrency limit
   Nanos timing_margin = 10 * kMilli;  // forgiven earliness; never more than one interval is used
   Nanos lease = 30 * kSecond;         // a holder that does not renew for this long lost its slots
 
-  [[nodiscard]] bool has_rate() const { return rate_per_second > 0; }
+  [[nodiscard]] bool is_window() const { return algorithm != Algorithm::token_bucket; }
+  // Whether an acquisition consumes units, in whatever way.
+  [[nodiscard]] bool has_rate() const { return is_window() || rate_per_second > 0; }
   [[nodiscard]] bool has_concurrency() const { return max_concurrent > 0; }
-  // Nanoseconds between two units at the configured rate.
+  // token_bucket: nanoseconds between two units at the configured rate.
   [[nodiscard]] double interval() const { return 1e9 / rate_per_second; }
 };
 

@@ -57,9 +57,33 @@ struct AcquireOp {
   std::int64_t cost = 1;
   Nanos deadline = kForever;  // on the engine's clock: no slot later than this is wanted. now = try once
   std::uint64_t order = 0;    // of arrival in this process: of one group, lower goes first
+  // It stands in line for a slot: refused as full, the store remembers this process as a waiter of
+  // the group, until stop_waiting(), and tells it through on_freed() when a slot came free.
+  bool queued = false;
   AcquireReply reply;
 
   virtual ~AcquireOp() = default;
+  virtual void done() = 0;
+};
+
+// One limit of an acquisition of several.
+struct Part {
+  GroupRef group;
+  std::int64_t cost = 1;
+};
+
+// Several limits of one store, all or nothing: granted when every part can be granted at this very
+// moment (wait 0), otherwise nothing is charged anywhere and each part says why and when. It never
+// reserves a slot in the future: a unit of one limit, kept until another limit's time has come, would
+// either be used later than dealt (and exceed the rate) or block those behind it.
+struct AcquireAllOp {
+  std::vector<Part> parts;  // at least one; ids are distinct
+  bool queued = false;      // as in AcquireOp, for each part that is full
+  Status status;            // not ok: `replies` do not count
+  bool granted = false;
+  std::vector<AcquireReply> replies;  // one per part, `status` unused, `wait` 0
+
+  virtual ~AcquireAllOp() = default;
   virtual void done() = 0;
 };
 
@@ -105,6 +129,13 @@ class LimitStore {
   // Takes back an acquire that has not been sent. True: op is the caller's again and done() will
   // not be called. False: it is under way and done() will come.
   virtual bool abandon(AcquireOp* op) = 0;
+  // The same for several limits of this store in one round trip. A store that cannot decide them in one
+  // atomic step (Redis Cluster: slots differ) answers Code::invalid and says the cure.
+  virtual void acquire_all(AcquireAllOp* op) {
+    op->status = Status::make(Code::invalid, "this store cannot decide several limits at once");
+    op->done();
+  }
+  virtual bool abandon(AcquireAllOp*) { return false; }
   // Gives one slot back. Never fails for the caller: a store that is down learns it later, with
   // the next statement of the group or by expiry.
   virtual void release(const GroupRef& group, HolderId holder) = 0;
@@ -119,6 +150,13 @@ class LimitStore {
   virtual void list(std::size_t limit, Callback<Listing> done) = 0;
   // Called whenever the leases of (group id, holder) turn out to be lost.
   virtual void on_lost(std::function<void(const std::string& group, HolderId)> listener) = 0;
+
+  // Nobody of this process stands in line for a slot of the group any more.
+  virtual void stop_waiting(const GroupRef&) {}
+  // Called when another process freed a slot that is meant for a waiter of this process.
+  virtual void on_freed(std::function<void(const std::string& group)>) {}
+  // Whether on_freed() can be relied on at this moment; otherwise waiters ask now and then.
+  [[nodiscard]] virtual bool pushes() const { return false; }
 };
 
 }  // namespace ratesync::store
