@@ -60,6 +60,7 @@ LIBRARIES: list[tuple[str, dict[str, str]]] = [
             "net/": "the only owner of Asio",
             "postgres/": "libpq owns the socket; only its readiness is awaited",
             "engine/": "posts to the I/O thread",
+            "redis/": "posts to the I/O thread",
         },
     ),
     (r"asio(/.*)?\.hpp", {"net/": "the only owner of Asio"}),

@@ -1,9 +1,11 @@
 // What the capabilities need of a Redis deployment, whether one server, a Sentinel group or a Cluster.
 //
 // All methods run on the I/O thread; callbacks come there too, exactly once, and never from inside
-// the call. An error reply of the server is Code::server with the reply's text in the message; the
-// other codes: unavailable (certainly not executed), in_doubt (sent, answer lost), timeout (the
-// deadline passed before it was sent), closed.
+// the call. An error reply of the server is a Status made by errors.h: Code::server, or unavailable when
+// the server cannot serve now; its first word ("OOM") in Status::sqlstate. The other codes: unavailable
+// (certainly not executed), in_doubt (sent, answer lost), timeout (the deadline passed before it was
+// sent), exhausted (a queue is full), closed. A command that was sent is not bound by its deadline but
+// by the store's socket_timeout, after which the connection is dropped: in_doubt.
 #pragma once
 
 #include <cstdint>
