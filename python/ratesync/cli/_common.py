@@ -1,0 +1,61 @@
+"""What the commands share: failures as one line, options, finding the configuration and its stores."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import click
+from rich.console import Console
+
+
+class Failure(click.ClickException):
+    """One clear line and an exit status."""
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"ratesync: {self.format_message()}", file=file, err=file is None)
+
+
+class NoFile(Failure):
+    """There is nothing to work on."""
+
+    exit_code = 2
+
+
+config_option = click.option(
+    "-c",
+    "--config",
+    "config_file",
+    metavar="FILE",
+    help="Configuration; found as the library does when left out.",
+)
+store_option = click.option("--store", "store_id", metavar="ID", help="Only this store.")
+
+
+def find(file: str | None) -> str:
+    from ratesync.config import find_config
+
+    if file is not None:
+        return file
+    path, note = find_config()
+    if path is None:
+        raise NoFile(f"no configuration file{note}")
+    return str(path)
+
+
+def open_stores(config_file: str | None, store_id: str | None) -> Iterable[tuple[str, Any]]:
+    """Loads the configuration and yields its stores, those that limiters use implicitly included."""
+    import ratesync
+
+    ratesync.load_config(find(config_file))
+    if store_id is not None:
+        return [(store_id, ratesync.get_store(store_id))]
+    used = [fields["store"] for fields in ratesync.list_limiters().values()]
+    names = dict.fromkeys([*ratesync.list_stores(), *used])
+    return [(name, ratesync.get_store(name)) for name in names]
+
+
+def make_console() -> Console:
+    # Piped output is not wrapped: a finding stays on one line.
+    return Console(width=None if sys.stdout.isatty() else 400, highlight=False)
