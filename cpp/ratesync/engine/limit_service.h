@@ -58,6 +58,8 @@ struct Counters {
   std::atomic<std::int64_t> held{0};  // slots held through this object (gauge)
 };
 
+inline void add(std::atomic<std::uint64_t>& counter) { counter.fetch_add(1, std::memory_order_relaxed); }
+
 // Shared by the Python limiter and the operations under way.
 struct LimiterCore {
   store::GroupRef group;
@@ -147,6 +149,8 @@ class AcquireTask final : public Completion, public store::AcquireOp, public Tim
   std::list<AcquireTask*>::iterator pending_;  // in LimitService::in_store_
 };
 
+// In four files: limit_service.cc (asking, cancelling, the end), limit_sleepers.cc, limit_slots.cc,
+// limit_outages.cc.
 class LimitService final : public TimerNode {
  public:
   LimitService(store::Store& store, Timers& timers, std::uint64_t seed);
