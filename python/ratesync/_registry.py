@@ -43,6 +43,7 @@ class RateLimiterRegistry:
     def __init__(self) -> None:
         self._backends: _Table[StoreConfig] = _Table(self._drop_built)
         self._limiters: _Table[LimiterOptions] = _Table(self._unbind_all)
+        self._bases: dict[str, str] = {}  # clone for one identifier -> the limiter it was cloned from
         self._built: dict[str, RateLimiter] = {}
         self._stores: dict[str, Store] = {}
         self._fastapi: FastAPIConfig | None = None
@@ -69,6 +70,7 @@ class RateLimiterRegistry:
                 self.discover()
                 if options.store not in self._backends:
                     raise StoreNotFoundError(options.store, self.store_ids() | {DEFAULT_STORE})
+            self._bases.pop(limiter_id, None)
             if self._limiters.get(limiter_id) != options:
                 self._limiters[limiter_id] = options
                 self._unbind(limiter_id)
@@ -191,6 +193,7 @@ class RateLimiterRegistry:
         with _engine.lock:
             self._backends.clear()
             self._limiters.clear()
+            self._bases.clear()
             self._fastapi = None
             self._discovered = False
 

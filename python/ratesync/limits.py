@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 from ratesync._engine import CoreStore, Limiter, bound_limiters, log
@@ -128,6 +128,18 @@ class RateLimiterMetrics:
     passed_open: _Counter[int] = _Counter(0)
     #: Slots lost while held, because the lease was not renewed in time.
     leases_lost: _Counter[int] = _Counter(0)
+    #: Acquisitions refused because their slot lay beyond the timeout.
+    refused_rate: _Counter[int] = _Counter(0)
+    #: Acquisitions refused because all slots stayed in use.
+    refused_concurrency: _Counter[int] = _Counter(0)
+    #: Acquisitions whose caller was cancelled.
+    cancelled: _Counter[int] = _Counter(0)
+    #: Errors of the store that were raised to callers.
+    failed: _Counter[int] = _Counter(0)
+    #: Upper bounds, in seconds, of the histogram of waits.
+    wait_bounds: _Counter[tuple[float, ...]] = _Counter(())
+    #: Grants per bucket of that histogram (not cumulative); the last one is what waited longer.
+    wait_counts: _Counter[tuple[int, ...]] = _Counter(())
 
     @classmethod
     def live(cls, source: Callable[[], Mapping[str, Any]]) -> RateLimiterMetrics:
@@ -135,6 +147,17 @@ class RateLimiterMetrics:
         metrics = cls()
         metrics.__dict__["_source"] = source
         return metrics
+
+    def snapshot(self) -> dict[str, Any]:
+        """All fields at one moment, by name; for exporters, which read them together.
+
+        Example:
+            >>> RateLimiterMetrics().snapshot()["total_acquisitions"]
+            0
+        """
+        source = self.__dict__.get("_source")
+        values = self.__dict__ if source is None else source()
+        return {field.name: values.get(field.name, getattr(type(self), field.name)) for field in fields(self)}
 
     def record_acquisition(self, wait_time_ms: float) -> None:
         """Counts a grant after that wait. For records of your own, like all `record_*` methods."""
@@ -403,7 +426,7 @@ class RateLimiter(Limiter):
             "total_wait_time_ms": waited_ms,
             "avg_wait_time_ms": waited_ms / grants if grants else 0.0,
             "max_wait_time_ms": counters["max_wait_seconds"] * 1000,
-            "cas_failures": counters.get("cas_failures", 0),
+            "cas_failures": counters["cas_failures"],
             "timeouts": counters["timeouts"],
             "last_acquisition_at": time.time() - (self._store._now() - latest) if latest else None,
             "current_concurrent": counters["held"],
@@ -411,6 +434,12 @@ class RateLimiter(Limiter):
             "total_releases": counters["releases"],
             "passed_open": counters["passed_open"],
             "leases_lost": counters["leases_lost"],
+            "refused_rate": counters["refused_rate"],
+            "refused_concurrency": counters["refused_concurrency"],
+            "cancelled": counters["cancelled"],
+            "failed": counters["failed"],
+            "wait_bounds": tuple(counters["wait_bounds"]),
+            "wait_counts": tuple(counters["wait_counts"]),
         }
 
     def __repr__(self) -> str:

@@ -208,6 +208,7 @@ def get_or_clone_limiter(base_limiter_id: str, unique_id: str) -> Generator[Pend
     with _engine.lock:
         if limiter_id not in _registry._limiters:
             clone_limiter(base_limiter_id, limiter_id)
+            _registry._bases[limiter_id] = base_limiter_id
         limiter = _registry.limiter(limiter_id)
     yield limiter.initialize()
     return limiter
@@ -311,7 +312,10 @@ def list_stores() -> dict[str, dict[str, Any]]:
 
 
 def list_limiters() -> dict[str, dict[str, Any]]:
-    """The configured limiters: `store` (also as `backend`), the fields, `initialized` and live `metrics`."""
+    """The configured limiters: `store` (also as `backend`), the fields, `initialized` and live `metrics`.
+
+    `base` is the limiter that `get_or_clone_limiter` cloned this one from, else None.
+    """
     import msgspec
 
     with _engine.lock:
@@ -324,5 +328,6 @@ def list_limiters() -> dict[str, dict[str, Any]]:
                 **msgspec.structs.asdict(options),
                 "initialized": built is not None and built.is_initialized,
                 "metrics": built.get_metrics() if built is not None else None,
+                "base": _registry._bases.get(limiter_id),
             }
         return result

@@ -267,8 +267,12 @@ PyObject* to_python(const std::vector<store::Finding>& findings) {
 
 PyObject* counters_dict(const LimiterImpl& impl) {
   const engine::Counters& c = impl.core->counters;
-  const std::uint64_t acquisitions = c.quick_acquisitions.load() + c.acquisitions.load();
-  return py::dict("acquisitions"_a = acquisitions,
+  const std::uint64_t quick = c.quick_acquisitions.load();
+  py::list bounds, waits;
+  for (const Nanos bound : engine::kWaitBuckets) bounds.append(secs(bound));
+  for (std::size_t i = 0; i < c.waits.size(); ++i) waits.append(c.waits[i].load() + (i == 0 ? quick : 0));
+  return py::dict("acquisitions"_a = quick + c.acquisitions.load(), "cas_failures"_a = c.cas_failures.load(),
+                  "wait_bounds"_a = bounds, "wait_counts"_a = waits,
                   "wait_seconds"_a = secs(static_cast<Nanos>(c.wait_ns.load())),
                   "max_wait_seconds"_a = secs(static_cast<Nanos>(c.max_wait_ns.load())),
                   "timeouts"_a = c.timeouts.load(), "refused_rate"_a = c.refused_rate.load(),

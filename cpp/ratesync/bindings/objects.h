@@ -94,10 +94,12 @@ struct PermitObject {
   std::int64_t cost;
   std::int64_t remaining;
   Nanos waited;
+  Nanos full_after;  // until every unit is available again, right after the grant; < 0: not known
   Phase phase;
-  bool ready;    // granted, and the awaitable that says so has not been consumed
-  bool bare;     // `await acquire()`: no body that would release
-  bool entered;  // inside `with`
+  bool ready;        // granted, and the awaitable that says so has not been consumed
+  bool bare;         // `await acquire()`: no body that would release
+  bool entered;      // inside `with`
+  bool passed_open;  // the store was out and did not decide
   SlotRef slot;
   store::GroupRef group;  // of the key; null: the limiter's
 };

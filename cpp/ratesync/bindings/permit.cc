@@ -94,7 +94,8 @@ bool quick(PermitObject* permit, LimiterImpl& impl, memory::QuickReply* reply) {
     counters.last_acquisition.store(reply->now, std::memory_order_relaxed);
     permit->phase = Phase::granted;
     permit->waited = 0;
-    permit->remaining = -1;
+    permit->remaining = permit->full_after = -1;
+    permit->passed_open = false;
     if (params.has_concurrency()) {
       hold_slot(permit, impl, nullptr, reply->holder);
       counters.held.fetch_add(1, std::memory_order_relaxed);
@@ -145,7 +146,8 @@ PermitObject* new_permit(LimiterObject* limiter, Nanos timeout, std::int64_t cos
   permit->remaining = -1;
   permit->waited = 0;
   permit->phase = Phase::idle;
-  permit->ready = permit->bare = permit->entered = false;
+  permit->full_after = -1;
+  permit->ready = permit->bare = permit->entered = permit->passed_open = false;
   new (&permit->slot) SlotRef();
   new (&permit->group) store::GroupRef();
   return permit;
@@ -242,6 +244,9 @@ PyObject* finish_acquire(PermitObject* permit, AcquireTask& task, Mode mode, boo
   permit->phase = Phase::idle;
   permit->waited = task.waited;
   permit->remaining = task.remaining;
+  permit->full_after =
+      task.full_at < 0 ? -1 : std::max<Nanos>(0, task.full_at - task.submitted - task.waited);
+  permit->passed_open = task.outcome == Outcome::passed_open;
   switch (task.outcome) {
     case Outcome::passed_open: {
       const Nanos now = impl.engine->clock().now();
@@ -447,18 +452,32 @@ PyObject* get_waited(PyObject* object, void*) {
   return PyFloat_FromDouble(static_cast<double>(self_of(object)->waited) / 1e9);
 }
 
+// The fast path does not compute what is rarely read; the store still knows.
+void ask_memory(PermitObject* permit) {
+  LimiterImpl* impl = permit->limiter->impl;
+  if (permit->remaining >= 0 || permit->phase != Phase::granted || !impl->memory ||
+      impl->generation != g_generation.load(std::memory_order_relaxed))
+    return;
+  impl->memory->peek(group_of(permit, *impl), [permit](Result<store::Peek> peek) {
+    permit->remaining = peek.ok() ? peek.value().available : 0;
+    permit->full_after = peek.ok() ? peek.value().full_after : -1;
+  });
+}
+
 PyObject* get_remaining(PyObject* object, void*) {
   PermitObject* permit = self_of(object);
-  LimiterImpl* impl = permit->limiter->impl;
-  if (permit->remaining < 0 && permit->phase == Phase::granted && impl->memory &&
-      impl->generation == g_generation.load(std::memory_order_relaxed)) {
-    // The fast path does not compute what is rarely read; the store still knows.
-    impl->memory->peek(group_of(permit, *impl), [permit](Result<store::Peek> peek) {
-      permit->remaining = peek.ok() ? peek.value().available : 0;
-    });
-  }
+  ask_memory(permit);
   return PyLong_FromLongLong(std::max<std::int64_t>(0, permit->remaining));
 }
+
+PyObject* get_reset_after(PyObject* object, void*) {
+  PermitObject* permit = self_of(object);
+  ask_memory(permit);
+  if (permit->full_after < 0 || !permit->limiter->impl->core->group->params.has_rate()) Py_RETURN_NONE;
+  return PyFloat_FromDouble(static_cast<double>(permit->full_after) / 1e9);
+}
+
+PyObject* get_passed_open(PyObject* object, void*) { return PyBool_FromLong(self_of(object)->passed_open); }
 
 PyObject* get_lost(PyObject* object, void*) {
   const PermitObject* permit = self_of(object);
@@ -497,6 +516,13 @@ PyMethodDef kMethods[] = {
 PyGetSetDef kGetSet[] = {
     {"waited", get_waited, nullptr, "Seconds between the call and the grant.", nullptr},
     {"remaining", get_remaining, nullptr, "Units (or slots) that were left right after the grant.", nullptr},
+    {"reset_after", get_reset_after, nullptr,
+     "Seconds, counted from the grant, until every unit is available again if nobody asks; None for a limit "
+     "without a rate, and where the store did not say.",
+     nullptr},
+    {"passed_open", get_passed_open, nullptr,
+     "True when the store was out and the call was let pass without a decision (`fail_closed` off).",
+     nullptr},
     {"lost", get_lost, nullptr, "True once the store has given this slot to somebody else (lease lost).",
      nullptr},
     {"limiter_id", get_limiter_id, nullptr,

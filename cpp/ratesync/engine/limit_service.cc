@@ -1,5 +1,6 @@
 #include "ratesync/engine/limit_service.h"
 
+#include <algorithm>
 #include <utility>
 #include <vector>
 
@@ -11,6 +12,11 @@ namespace {
 
 void raise_max(std::atomic<std::uint64_t>& max, std::uint64_t value) {
   if (value > max.load(std::memory_order_relaxed)) max.store(value, std::memory_order_relaxed);
+}
+
+std::size_t wait_bucket(Nanos waited) {
+  const auto bound = std::lower_bound(kWaitBuckets.begin(), kWaitBuckets.end(), waited);
+  return static_cast<std::size_t>(bound - kWaitBuckets.begin());
 }
 
 }  // namespace
@@ -187,6 +193,7 @@ void LimitService::granted(AcquireTask* task) {
   if (GroupState* group = find(task->group->id)) group->refunded = {};
   task->permit = hold(task);
   const Nanos now = timers_.now();
+  if (task->reply.full_after >= 0) task->full_at = saturating_add(now, task->reply.full_after);
   // The margin may put a slot a little past the deadline; the caller is early then, never late.
   Nanos until = saturating_add(now, task->reply.wait);
   until = std::min(until, std::max(now, task->deadline));
@@ -230,12 +237,14 @@ void LimitService::finish(AcquireTask* task, Outcome outcome) {
   task->outcome = outcome;
   const Nanos now = timers_.now();
   task->waited = std::max<Nanos>(0, now - task->submitted);
+  if (task->conflicts > 0) counters.cas_failures.fetch_add(task->conflicts, std::memory_order_relaxed);
   switch (outcome) {
     case Outcome::granted:
       add(counters.acquisitions);
       counters.last_acquisition.store(now, std::memory_order_relaxed);
       counters.wait_ns.fetch_add(static_cast<std::uint64_t>(task->waited), std::memory_order_relaxed);
       raise_max(counters.max_wait_ns, static_cast<std::uint64_t>(task->waited));
+      add(counters.waits[wait_bucket(task->waited)]);
       break;
     case Outcome::refused:
       add(counters.timeouts);

@@ -15,6 +15,7 @@
 // if it is not too late.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <deque>
 #include <limits>
@@ -40,6 +41,11 @@ struct Policy {
   Nanos max_hold = kForever;
 };
 
+// Upper bounds of the histogram of waits; what is beyond the last goes into one more bucket.
+inline constexpr std::array<Nanos, 12> kWaitBuckets = {
+    kMilli,       5 * kMilli,   10 * kMilli, 25 * kMilli,     50 * kMilli, 100 * kMilli,
+    250 * kMilli, 500 * kMilli, kSecond,     5 * kSecond / 2, 5 * kSecond, 10 * kSecond};
+
 // Live counters of one limiter object. Written by callers (under the GIL) and by the I/O thread.
 struct Counters {
   std::atomic<std::uint64_t> quick_acquisitions{0};  // granted without leaving the calling thread
@@ -47,6 +53,8 @@ struct Counters {
   std::atomic<std::uint64_t> acquisitions{0};  // granted through the I/O thread
   std::atomic<std::uint64_t> wait_ns{0};
   std::atomic<std::uint64_t> max_wait_ns{0};
+  // Of the grants in `acquisitions`; the quick ones waited for nothing and belong to the first bucket.
+  std::array<std::atomic<std::uint64_t>, kWaitBuckets.size() + 1> waits{};
   std::atomic<std::uint64_t> timeouts{0};  // refused: rate or concurrency
   std::atomic<std::uint64_t> refused_rate{0};
   std::atomic<std::uint64_t> refused_concurrency{0};
@@ -55,7 +63,8 @@ struct Counters {
   std::atomic<std::uint64_t> failed{0};       // store errors raised to callers
   std::atomic<std::uint64_t> releases{0};
   std::atomic<std::uint64_t> leases_lost{0};
-  std::atomic<std::int64_t> held{0};  // slots held through this object (gauge)
+  std::atomic<std::uint64_t> cas_failures{0};  // lost races that the store repeated
+  std::atomic<std::int64_t> held{0};           // slots held through this object (gauge)
 };
 
 inline void add(std::atomic<std::uint64_t>& counter) { counter.fetch_add(1, std::memory_order_relaxed); }
@@ -133,6 +142,7 @@ class AcquireTask final : public Completion, public store::AcquireOp, public Tim
   Nanos retry_after = 0;
   std::int64_t remaining = 0;
   std::int64_t stamp = 0;
+  Nanos full_at = -1;  // when every unit is available again; < 0: not known
   bool charged_rate = false;
   PermitRef permit;  // set when a slot is held
 

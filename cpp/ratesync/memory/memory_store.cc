@@ -111,6 +111,7 @@ void MemoryStore::acquire(store::AcquireOp* op) {
         reply.wait = dealt.first_wait;
         reply.stamp = dealt.tat;
         reply.remaining = limits::available(params, cell.tat, now);
+        reply.full_after = std::max<Nanos>(0, cell.tat - now);
       }
     }
     if (reply.verdict == Verdict::granted) {

@@ -201,6 +201,7 @@ void PgLimitStore::deal_layer(Trip& trip, const Layer& layer, const Rows& rows, 
     if (!unanswered[i]) continue;
     lost_race = true;
     ++stats_.conflicts;
+    ++unanswered[i]->ops.front()->acquire->conflicts;
     if (slots) {
       holders_.failed(*trip.stated[i], false, clock_.now());
       dealt.touched.push_back(trip.stated[i]);
@@ -260,10 +261,13 @@ void PgLimitStore::failed(const TripPtr& trip, const PipelineResult& result) {
   const Status& status = result.status;
   const bool in_doubt = status.code != Code::server && status.code != Code::unavailable;
   OpList asked = trip->plan.ops();
+  const bool lost_race = status.code == Code::server && is_transient(status.sqlstate);
+  if (lost_race && !trip->plan.layers.empty())
+    for (const Run& run : trip->plan.layers.front()) ++run.ops.front()->acquire->conflicts;
   OpList later = std::move(trip->plan.later);
   put_back(*trip, in_doubt);
 
-  if (status.code == Code::server && is_transient(status.sqlstate)) {
+  if (lost_race) {
     ++stats_.conflicts;
     if (++trip->attempt <= kAttempts) return retry_later(trip);
   } else if (status.code == Code::unavailable && ++trip->attempt <= 2) {

@@ -232,6 +232,7 @@ void deal_run(const Run& run, const RunAnswer& answer, store::HolderId holder, N
     reply.holder = params.has_concurrency() ? holder : 0;
     if (params.has_rate()) {
       reply.stamp = answer.stamp;
+      reply.full_after = nanos(ahead);
       const std::int64_t wait = answer.ahead + rate.span((i + 1) * run.cost) - rate.burst_span;
       reply.wait = wait <= rate.margin ? 0 : nanos(wait);
     }

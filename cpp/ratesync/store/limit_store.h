@@ -47,6 +47,8 @@ struct AcquireReply {
   // Granted with a rate: identifies the state right after the batch that carried this request.
   // LimitStore::refund gives the units back only while that is still the newest deal.
   std::int64_t stamp = 0;
+  // Granted with a rate: until every unit is available again, if nobody asks. < 0: the store does not say.
+  Nanos full_after = -1;
   HolderId holder = 0;
 };
 
@@ -60,6 +62,8 @@ struct AcquireOp {
   // It stands in line for a slot: refused as full, the store remembers this process as a waiter of
   // the group, until stop_waiting(), and tells it through on_freed() when a slot came free.
   bool queued = false;
+  // Lost races that the store repeated; of requests decided together, the first one bears them.
+  std::uint32_t conflicts = 0;
   AcquireReply reply;
 
   virtual ~AcquireOp() = default;
