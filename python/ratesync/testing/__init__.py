@@ -1,8 +1,9 @@
 """What tests of code that uses ratesync need: resets, a manual clock, real servers, faults on command.
 
 `reset_limiter`, `reset_all_limiters` and `reset_backend_store` bring limits back to their beginning.
-`ManualClock`, `PostgresServer`, `TcpProxy` and `LimitContract` are loaded at first use. The pytest
-plugin (`ratesync.testing.plugin`, active wherever ratesync is installed) offers them as fixtures.
+`ManualClock`, `PostgresServer`, `RedisServer`, `RedisCluster`, `RedisSentinel`, `TcpProxy` and
+`LimitContract` are loaded at first use. The pytest plugin (`ratesync.testing.plugin`, active wherever
+ratesync is installed) offers them as fixtures.
 """
 
 from __future__ import annotations
@@ -21,11 +22,16 @@ if TYPE_CHECKING:
     from ratesync.testing.limit_contract import LimitContract
     from ratesync.testing.postgres import PostgresServer
     from ratesync.testing.proxy import TcpProxy
+    from ratesync.testing.redis import RedisServer
+    from ratesync.testing.redis_topology import RedisCluster, RedisSentinel
 
 __all__ = [
     "LimitContract",
     "ManualClock",
     "PostgresServer",
+    "RedisCluster",
+    "RedisSentinel",
+    "RedisServer",
     "TcpProxy",
     "reset_all_limiters",
     "reset_backend_store",
@@ -37,6 +43,9 @@ _LAZY = {
     "LimitContract": "limit_contract",
     "ManualClock": "clock",
     "PostgresServer": "postgres",
+    "RedisCluster": "redis_topology",
+    "RedisSentinel": "redis_topology",
+    "RedisServer": "redis",
     "TcpProxy": "proxy",
 }
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from ratesync.testing.clock import ManualClock
     from ratesync.testing.postgres import ExternalPostgres, PostgresServer
     from ratesync.testing.proxy import TcpProxy
+    from ratesync.testing.redis import ExternalRedis, RedisServer
+    from ratesync.testing.redis_topology import RedisCluster, RedisSentinel
 
 _SENTINEL = "running-test"
 
@@ -119,6 +121,95 @@ def _asyncpg_fixture() -> Any:
 _fixture = _asyncpg_fixture()
 if _fixture is not None:
     ratesync_asyncpg = _fixture
+
+# Redis --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def ratesync_redis_server() -> Iterator[RedisServer | ExternalRedis]:
+    """One server for the session: our own (nothing on disk), or that of RATESYNC_TEST_REDIS_URL."""
+    from ratesync.testing.redis import RedisServer
+
+    server = RedisServer.find()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def ratesync_redis_url(
+    ratesync_redis_server: RedisServer | ExternalRedis, request: pytest.FixtureRequest
+) -> Iterator[str]:
+    """The URL of an empty database. The server's log is shown when the test fails.
+
+    The engine is stopped before the next test, whatever the order of the fixtures.
+    """
+    import ratesync
+
+    ratesync_redis_server.clean()
+    mark = ratesync_redis_server.log_size()
+    yield ratesync_redis_server.url
+    ratesync.shutdown()
+    log = ratesync_redis_server.log(since=mark)
+    if request.node.stash.get(_FAILED, False) and log:
+        print(f"--- log of the Redis server\n{log}")
+
+
+@pytest.fixture(scope="session")
+def _ratesync_redis_cluster() -> Iterator[RedisCluster]:
+    from ratesync.testing.redis_topology import RedisCluster
+
+    with RedisCluster(replicas=1) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def ratesync_redis_cluster(_ratesync_redis_cluster: RedisCluster) -> Iterator[RedisCluster]:
+    """A Cluster of three primaries with a replica each, healthy and empty, made once for the session."""
+    import ratesync
+
+    _ratesync_redis_cluster.heal()
+    _ratesync_redis_cluster.clean()
+    yield _ratesync_redis_cluster
+    ratesync.shutdown()
+
+
+@pytest.fixture(scope="session")
+def _ratesync_redis_sentinel() -> Iterator[RedisSentinel]:
+    from ratesync.testing.redis_topology import RedisSentinel
+
+    with RedisSentinel() as group:
+        yield group
+
+
+@pytest.fixture
+def ratesync_redis_sentinel(_ratesync_redis_sentinel: RedisSentinel) -> Iterator[RedisSentinel]:
+    """A primary, a replica and three Sentinels, healthy and empty, made once for the session."""
+    import ratesync
+
+    _ratesync_redis_sentinel.heal()
+    _ratesync_redis_sentinel.clean()
+    yield _ratesync_redis_sentinel
+    ratesync.shutdown()
+
+
+def _redis_py_fixture() -> Any:
+    async def ratesync_redis_py(ratesync_redis_url: str) -> AsyncIterator[Any]:
+        """A redis-py asyncio client on the test's database: a witness of what is stored."""
+        import redis.asyncio
+
+        async with redis.asyncio.from_url(ratesync_redis_url, decode_responses=True) as client:
+            yield client
+
+    try:
+        import pytest_asyncio
+    except ImportError:
+        return None
+    return pytest_asyncio.fixture(ratesync_redis_py)
+
+
+_fixture = _redis_py_fixture()
+if _fixture is not None:
+    ratesync_redis_py = _fixture
 
 # Strictness ---------------------------------------------------------------------------------------
 
