@@ -39,8 +39,10 @@ from ratesync.identifiers import combine_identifiers, hash_identifier
 from ratesync.limits import LimiterReadOnlyConfig, LimiterState, RateLimiter, RateLimiterMetrics
 from ratesync.registry import (
     clone_limiter,
+    configure_fastapi,
     configure_limiter,
     configure_store,
+    get_fastapi_config,
     get_limiter,
     get_or_clone_limiter,
     get_store,
@@ -85,8 +87,10 @@ __all__ = [
     "acquire",
     "clone_limiter",
     "combine_identifiers",
+    "configure_fastapi",
     "configure_limiter",
     "configure_store",
+    "get_fastapi_config",
     "get_limiter",
     "get_or_clone_limiter",
     "get_store",

@@ -53,9 +53,20 @@ class StoreConfig:
 
 @dataclass(slots=True)
 class FastAPIConfig:
-    """The `[fastapi]` table. None: the integration's own default."""
+    """The `[fastapi]` table, or what `configure_fastapi` set.
+
+    Attributes:
+        trusted_proxy_networks: networks of proxies whose X-Forwarded-For is believed. None: the
+            integration's own default, the private networks.
+    """
 
     trusted_proxy_networks: list[str] | None = None
+
+    def configure(self, trusted_proxy_networks: list[str] | None = None) -> None:
+        """Sets what is given and leaves unchanged what is None. Raises ConfigValidationError."""
+        if trusted_proxy_networks is not None:
+            given = {"trusted_proxy_networks": trusted_proxy_networks}
+            self.trusted_proxy_networks = _check_fastapi(given, "configure_fastapi")
 
 
 @dataclass(frozen=True, slots=True)

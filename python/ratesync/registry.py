@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ratesync import _engine
 from ratesync._pending import Pending, script
@@ -13,11 +13,16 @@ from ratesync.errors import RateLimiterAlreadyConfiguredError
 from ratesync.limits import RateLimiter
 from ratesync.stores import Store
 
+if TYPE_CHECKING:
+    from ratesync.config import FastAPIConfig
+
 __all__ = [
     "RateLimiterRegistry",
     "clone_limiter",
+    "configure_fastapi",
     "configure_limiter",
     "configure_store",
+    "get_fastapi_config",
     "get_limiter",
     "get_or_clone_limiter",
     "get_store",
@@ -288,6 +293,30 @@ def load_config(config_path: str | os.PathLike[str]) -> None:
     from ratesync.config import read_config
 
     _registry.apply(read_config(config_path, known_stores=_registry.store_ids()))
+
+
+def configure_fastapi(trusted_proxy_networks: list[str] | None = None) -> None:
+    """Sets the options of `ratesync.contrib.fastapi` in this process.
+
+    Args:
+        trusted_proxy_networks: networks of proxies whose X-Forwarded-For is believed, such as
+            `["10.0.0.0/8"]`; an empty list believes nobody. None leaves the setting unchanged.
+
+    Raises:
+        ConfigValidationError: an entry is not a network.
+
+    Example:
+        >>> configure_fastapi(trusted_proxy_networks=["10.0.0.0/8", "2001:db8::/32"])
+        >>> get_fastapi_config().trusted_proxy_networks
+        ['10.0.0.0/8', '2001:db8::/32']
+    """
+    get_fastapi_config().configure(trusted_proxy_networks)
+
+
+def get_fastapi_config() -> FastAPIConfig:
+    """The options of `ratesync.contrib.fastapi`: those of `configure_fastapi`, else of `[fastapi]`."""
+    _registry.discover()
+    return _registry.fastapi()
 
 
 def list_stores() -> dict[str, dict[str, Any]]:

@@ -14,6 +14,7 @@ FUNCTIONS = {
     "max_concurrent: 'int | None' = None, timeout: 'float | None' = None, limit: 'int | None' = None, "
     "window_seconds: 'float | None' = None) -> 'None'",
     "combine_identifiers": "(*identifiers: 'object', separator: 'str' = ':') -> 'str'",
+    "configure_fastapi": "(trusted_proxy_networks: 'list[str] | None' = None) -> 'None'",
     "configure_limiter": "(limiter_id: 'str', store_id: 'str' = 'memory', "
     "rate_per_second: 'float | None' = None, "
     "max_concurrent: 'int | None' = None, timeout: 'float | None' = None, algorithm: 'str' = 'token_bucket', "
@@ -22,6 +23,7 @@ FUNCTIONS = {
     "max_hold_seconds: 'float | None' = None) -> 'None'",
     "configure_store": "(store_id: 'str', strategy: 'str | None' = None, *, engine: 'str | None' = None, "
     "**options: 'Any') -> 'None'",
+    "get_fastapi_config": "() -> 'FastAPIConfig'",
     "get_limiter": "(limiter_id: 'str') -> 'RateLimiter'",
     "get_or_clone_limiter": None,
     "get_store": "(store_id: 'str') -> 'Store'",
@@ -81,7 +83,6 @@ def test_names_of_later_versions_are_absent_and_not_stubs() -> None:
         "check_limiter",
         "CompositeRateLimiter",
         "RedisRateLimiter",
-        "configure_fastapi",
     ):
         assert not hasattr(ratesync, name)
 

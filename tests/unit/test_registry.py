@@ -570,3 +570,19 @@ def test_hash_identifier_is_stable_across_spelling_and_salted() -> None:
 def test_combine_identifiers_skips_what_is_empty() -> None:
     assert ratesync.combine_identifiers("a", None, "", 0, 7, separator="/") == "a/7"
     assert ratesync.combine_identifiers() == ""
+
+
+def test_configure_fastapi_sets_checks_and_leaves_unchanged() -> None:
+    assert ratesync.get_fastapi_config().trusted_proxy_networks is None
+    ratesync.configure_fastapi(["10.0.0.0/8"])
+    ratesync.configure_fastapi()
+    assert ratesync.get_fastapi_config().trusted_proxy_networks == ["10.0.0.0/8"]
+    with pytest.raises(ratesync.ConfigValidationError, match="trusted_proxy_networks"):
+        ratesync.configure_fastapi(["not a network"])
+    ratesync.get_fastapi_config().configure([])
+    assert ratesync.get_fastapi_config().trusted_proxy_networks == []
+
+
+def test_the_fastapi_table_of_a_discovered_file_is_found(clean: Path) -> None:
+    (clean / "rate-sync.toml").write_text('[fastapi]\ntrusted_proxy_networks = ["192.0.2.0/24"]\n')
+    assert ratesync.get_fastapi_config().trusted_proxy_networks == ["192.0.2.0/24"]
