@@ -43,6 +43,7 @@ class LimiterState:
         current_usage: units of the burst that are used up, or slots held, whichever is more.
         retry_after: seconds until one unit could be had; 0 when `allowed`.
         in_use: concurrency slots held now, in all processes.
+        reset_after: seconds until the whole burst is available again; 0 when it is.
     """
 
     allowed: bool
@@ -51,6 +52,7 @@ class LimiterState:
     current_usage: int
     retry_after: float = 0.0
     in_use: int = 0
+    reset_after: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,6 +294,7 @@ class RateLimiter(Limiter):
             current_usage=max(0, used, in_use),
             retry_after=float(seen["retry_after"]),
             in_use=in_use,
+            reset_after=float(seen["full_after"]),
         )
 
     def get_state(self, key: str | None = None) -> Pending[LimiterState]:
