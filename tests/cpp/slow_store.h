@@ -11,12 +11,15 @@
 #include <asio/io_context.hpp>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "ratesync/engine/limit_service.h"
+#include "ratesync/engine/multi_service.h"
 
 namespace ratesync::engine {
 
@@ -41,15 +44,20 @@ class SlowStore final : public store::Store, public store::LimitStore {
   bool down() const override { return false; }
   store::LimitStore* limits() override { return this; }
 
-  void acquire(store::AcquireOp* op) override { asked.push_back(op); }
-  bool abandon(store::AcquireOp* op) override {
-    if (!can_abandon) return false;
-    const auto found = std::find(asked.begin(), asked.end(), op);
-    if (found == asked.end()) return false;
-    asked.erase(found);
-    return true;
+  void acquire(store::AcquireOp* op) override {
+    ++questions;
+    asked.push_back(op);
   }
+  bool abandon(store::AcquireOp* op) override { return can_abandon && std::erase(asked, op) == 1; }
+  void acquire_all(store::AcquireAllOp* op) override {
+    ++questions;
+    asked_all.push_back(op);
+  }
+  bool abandon(store::AcquireAllOp* op) override { return can_abandon && std::erase(asked_all, op) == 1; }
   void release(const store::GroupRef&, store::HolderId) override { ++released; }
+  void stop_waiting(const store::GroupRef& group) override { stopped.push_back(group->id); }
+  void on_freed(std::function<void(const std::string&)> listener) override { freed = std::move(listener); }
+  bool pushes() const override { return tells; }
   std::int64_t refund(const store::GroupRef&, std::int64_t cost, std::int64_t stamp) override {
     refunds.push_back(stamp);
     return stamp - cost;
@@ -90,7 +98,50 @@ class SlowStore final : public store::Store, public store::LimitStore {
     answer(std::move(reply));
   }
 
+  // The oldest question about several limits is answered. Granted: each part says what is left; refused:
+  // the parts named in `why` say so, with their times, and the others that they would have been granted.
+  void grant_all(std::int64_t stamp = 0, std::int64_t remaining = 1000, store::HolderId holder = 7) {
+    answer_all([&](store::AcquireAllOp& op) {
+      op.granted = true;
+      for (std::size_t i = 0; i < op.parts.size(); ++i) {
+        op.replies[i].stamp = stamp;
+        op.replies[i].remaining = remaining;
+        if (op.parts[i].group->params.has_concurrency()) op.replies[i].holder = holder;
+      }
+    });
+  }
+  void refuse_all(const std::map<std::string, Nanos>& late, const std::set<std::string>& full = {}) {
+    answer_all([&](store::AcquireAllOp& op) {
+      for (std::size_t i = 0; i < op.parts.size(); ++i) {
+        const std::string& id = op.parts[i].group->id;
+        if (late.contains(id)) {
+          op.replies[i].verdict = store::Verdict::rate_limited;
+          op.replies[i].retry_after = late.at(id);
+        } else if (full.contains(id)) {
+          op.replies[i].verdict = store::Verdict::concurrency_full;
+        }
+      }
+    });
+  }
+  void fail_all(Code code, std::string sqlstate = {}) {
+    answer_all(
+        [&](store::AcquireAllOp& op) { op.status = Status::make(code, "scripted", std::move(sqlstate)); });
+  }
+  void answer_all(const std::function<void(store::AcquireAllOp&)>& fill) {
+    ASSERT_FALSE(asked_all.empty());
+    store::AcquireAllOp* op = asked_all.front();
+    asked_all.pop_front();
+    op->replies.assign(op->parts.size(), {});
+    fill(*op);
+    op->done();
+  }
+
   std::deque<store::AcquireOp*> asked;
+  std::deque<store::AcquireAllOp*> asked_all;
+  std::function<void(const std::string&)> freed;
+  std::vector<std::string> stopped;  // groups nobody waits for any more
+  bool tells = false;                // of slots freed elsewhere
+  int questions = 0;                 // asked so far
   std::vector<std::int64_t> refunds;
   std::function<void(const std::string&, store::HolderId)> lost;
   int released = 0;
@@ -101,11 +152,11 @@ class SlowStore final : public store::Store, public store::LimitStore {
 class Inbox final : public CompletionTarget {
  public:
   void forget() {
-    for (AcquireTask* task : std::exchange(arrived, {})) task->unref();
+    for (Completion* task : std::exchange(arrived, {})) task->unref();
   }
-  void deliver(Completion* completion) override { arrived.push_back(static_cast<AcquireTask*>(completion)); }
-  bool has(const AcquireTask* task) const { return std::count(arrived.begin(), arrived.end(), task) == 1; }
-  std::vector<AcquireTask*> arrived;
+  void deliver(Completion* completion) override { arrived.push_back(completion); }
+  bool has(const Completion* task) const { return std::count(arrived.begin(), arrived.end(), task) == 1; }
+  std::vector<Completion*> arrived;
 };
 
 template <class StoreType>

@@ -43,6 +43,13 @@ class Completion {
   std::atomic<int> refs_{1};
 };
 
+// A call that may be given up by its caller. Both on the I/O thread.
+class Acquisition : public Completion {
+ public:
+  virtual void start() = 0;   // takes over one reference
+  virtual void cancel() = 0;  // borrowed; nothing once it is finished
+};
+
 class CompletionTarget {
  public:
   virtual ~CompletionTarget() = default;

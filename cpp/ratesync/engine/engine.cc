@@ -21,12 +21,14 @@ Engine::Engine(bool manual_clock)
     : pid_(::getpid()),
       clock_(manual_clock),
       io_(std::make_unique<net::IoThread>()),
-      timers_(std::make_unique<Timers>(io_->context(), clock_)) {}
+      timers_(std::make_unique<Timers>(io_->context(), clock_)),
+      multi_(std::make_unique<MultiService>(*timers_)) {}
 
 Engine::~Engine() {
   if (forked()) {
     // The thread does not exist here and its locks may be held for ever: leak all of it.
     for (auto& entry : stores_) (void)entry.release();
+    (void)multi_.release();
     (void)timers_.release();
     (void)io_.release();
     return;
@@ -45,8 +47,10 @@ Result<StoreEntry*> Engine::add_store(const std::string& id, const std::string& 
   entry->id = id;
   entry->kind = kind;
   entry->store = std::move(made.value());
-  if (entry->store->limits())
+  if (entry->store->limits()) {
     entry->limits = std::make_unique<LimitService>(*entry->store, *timers_, std::random_device{}());
+    entry->limits->serve(multi_.get());
+  }
   const std::lock_guard lock(submit_mutex_);
   stores_.push_back(std::move(entry));
   return stores_.back().get();
@@ -84,9 +88,9 @@ void Engine::drain() {
 
 void Engine::run(Submission& submission) {
   struct Visitor {
-    void operator()(StartTask& s) const { s.task->limiter->service->start(s.task); }
+    void operator()(StartTask& s) const { s.task->start(); }
     void operator()(CancelTask& s) const {
-      s.task->limiter->service->cancel(s.task);
+      s.task->cancel();
       s.task->unref();
     }
     void operator()(ReleasePermit& s) const { s.permit->limiter->service->release(s.permit); }

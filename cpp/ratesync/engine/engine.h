@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "ratesync/engine/limit_service.h"
+#include "ratesync/engine/multi_service.h"
 #include "ratesync/engine/store_factory.h"
 #include "ratesync/net/io_thread.h"
 
@@ -32,10 +33,10 @@ struct StoreEntry {
 
 // What may be put on the I/O thread's queue.
 struct StartTask {
-  AcquireTask* task;
+  Acquisition* task;
 };  // takes over one reference
 struct CancelTask {
-  AcquireTask* task;
+  Acquisition* task;
 };  // takes over one reference
 struct ReleasePermit {
   PermitRef permit;
@@ -76,6 +77,7 @@ class Engine {
   void advance(Nanos by);
 
   [[nodiscard]] const Clock& clock() const { return clock_; }
+  [[nodiscard]] MultiService& multi() { return *multi_; }
   [[nodiscard]] bool running() const { return !closed_; }
   // True in a child of the process that made this engine.
   [[nodiscard]] bool forked() const;
@@ -91,6 +93,7 @@ class Engine {
   Clock clock_;
   std::unique_ptr<net::IoThread> io_;
   std::unique_ptr<Timers> timers_;
+  std::unique_ptr<MultiService> multi_;
   std::vector<std::unique_ptr<StoreEntry>> stores_;  // grows under submit_mutex_, entries are stable
   std::mutex submit_mutex_;                          // guards queue_, started_, closed_, stores_
   std::vector<Submission> queue_;

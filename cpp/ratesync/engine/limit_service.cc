@@ -4,6 +4,8 @@
 #include <utility>
 #include <vector>
 
+#include "ratesync/engine/multi_service.h"
+
 namespace ratesync::engine {
 
 using store::Verdict;
@@ -20,6 +22,20 @@ std::size_t wait_bucket(Nanos waited) {
 }
 
 }  // namespace
+
+void count_grant(Counters& counters, Nanos now, Nanos waited) {
+  add(counters.acquisitions);
+  counters.last_acquisition.store(now, std::memory_order_relaxed);
+  counters.wait_ns.fetch_add(static_cast<std::uint64_t>(waited), std::memory_order_relaxed);
+  raise_max(counters.max_wait_ns, static_cast<std::uint64_t>(waited));
+  add(counters.waits[wait_bucket(waited)]);
+}
+
+void AcquireTask::start() { limiter->service->start(this); }
+
+void AcquireTask::cancel() { limiter->service->cancel(this); }
+
+void AcquireTask::overdue(Nanos elapsed) { limiter->service->overdue(this, elapsed); }
 
 void AcquireTask::done() { limiter->service->replied(this); }
 
@@ -45,6 +61,7 @@ LimitService::LimitService(store::Store& store, Timers& timers, std::uint64_t se
       shared_(store.capabilities().shared),
       random_(static_cast<std::minstd_rand::result_type>(seed | 1)) {
   limits().on_lost([this](const std::string& group, store::HolderId holder) { lost(group, holder); });
+  limits().on_freed([this](const std::string& group) { slot_freed(group, true); });
 }
 
 LimitService::GroupState* LimitService::find(const std::string& id) {
@@ -59,7 +76,7 @@ LimitService::GroupState& LimitService::state_of(const store::GroupRef& group) {
 }
 
 void LimitService::drop_if_idle(GroupState& group) {
-  if (!group.waiters.empty() || !group.runs.empty() || !group.permits.empty()) return;
+  if (!group.waiters.empty() || !group.lines.empty() || !group.runs.empty() || !group.permits.empty()) return;
   timers_.cancel(group);
   timers_.cancel(group.alarm);
   groups_.erase(group.group->id);
@@ -78,7 +95,7 @@ void LimitService::start(AcquireTask* task) {
     return finish(task, Outcome::failed);
   }
   task->order = ++arrivals_;
-  if (GroupState* group = find(task->group->id); group && !group->waiters.empty()) {
+  if (somebody_waits(task->group->id)) {
     // Others wait for a slot of this group: nobody overtakes them.
     if (task->deadline <= timers_.now()) {
       task->why = Verdict::concurrency_full;
@@ -90,26 +107,29 @@ void LimitService::start(AcquireTask* task) {
 }
 
 void LimitService::send(AcquireTask* task) {
-  task->sent_ = timers_.now();
-  task->pending_ = in_store_.insert(in_store_.end(), task);
+  task->budget = task->limiter->policy.outage_budget;
+  task->queued = task->group->params.has_concurrency() && task->deadline > timers_.now();
+  watch(*task);
   if (task->state_ == AcquireTask::State::waiting) {
     task->asking_ = true;
   } else {
     task->state_ = AcquireTask::State::in_store;
   }
-  if (!armed()) arm_outage_check();
   limits().acquire(task);
 }
 
 void LimitService::replied(AcquireTask* task) {
   const Nanos now = timers_.now();
-  if (task->reply.status.ok()) last_answer_ = now;
+  const bool ok = task->reply.status.ok();
+  if (ok) heard();
+  if (ok && task->queued && task->reply.verdict == Verdict::concurrency_full) remembered(task->group);
   if (task->given_up_) {
     // Its caller has its answer already; only what came too late has to go back.
-    if (task->reply.status.ok() && task->reply.verdict == Verdict::granted) return_grant(task);
+    if (ok && task->reply.verdict == Verdict::granted) return_grant(task);
+    forget_if_nobody(task->group->id);
     return task->unref();
   }
-  in_store_.erase(task->pending_);
+  unwatch(*task);
   const bool was_waiting = task->state_ == AcquireTask::State::waiting;
   if (was_waiting) {
     task->asking_ = false;
@@ -117,8 +137,12 @@ void LimitService::replied(AcquireTask* task) {
   }
   if (!task->reply.status.ok()) {
     Status status = std::move(task->reply.status);
+    const store::GroupRef ref = task->group;
     if (was_waiting) leave_waiters(task);
-    return outage(task, std::move(status));
+    outage(task, std::move(status));
+    // Nobody else was told anything. If the store is dead, they will not have to find out one by one.
+    if (was_waiting && shared_) granted_one(ref->id);
+    return;
   }
   switch (task->reply.verdict) {
     case Verdict::granted:
@@ -137,7 +161,12 @@ void LimitService::replied(AcquireTask* task) {
         }
         return granted(first);
       }
-      return granted(task);
+      {
+        const store::GroupRef ref = task->group;
+        granted(task);
+        if (was_waiting && shared_) granted_one(ref->id);
+      }
+      return;
     case Verdict::rate_limited:
       if (was_waiting) leave_waiters(task);
       task->why = Verdict::rate_limited;
@@ -152,10 +181,12 @@ void LimitService::replied(AcquireTask* task) {
     case Verdict::concurrency_full:
       if (task->deadline <= now) {
         if (was_waiting) leave_waiters(task);
+        forget_if_nobody(task->group->id);
         task->why = Verdict::concurrency_full;
         task->retry_after = task->reply.retry_after;
         return finish(task, Outcome::refused);
       }
+      refused_one(task->group->id);
       if (was_waiting) return plan_poll(state_of(task->group));
       return enqueue(task);
   }
@@ -174,13 +205,16 @@ AcquireTask* LimitService::overtaken(AcquireTask* task) {
   return nullptr;
 }
 
-PermitRef LimitService::hold(AcquireTask* task) {
-  if (task->reply.holder == 0) return nullptr;
-  auto permit = std::make_shared<Permit>(task->limiter, task->group, task->reply.holder);
-  auto& permits = state_of(task->group).permits;
+PermitRef LimitService::take(const LimiterRef& limiter, const store::GroupRef& group,
+                             store::HolderId holder) {
+  // A deal after a refund may bear the very stamp that was refunded.
+  if (GroupState* known = find(group->id)) known->refunded = {};
+  if (holder == 0) return nullptr;
+  auto permit = std::make_shared<Permit>(limiter, group, holder);
+  auto& permits = state_of(group).permits;
   permit->place = permits.insert(permits.end(), permit);
-  task->limiter->counters.held.fetch_add(1, std::memory_order_relaxed);
-  const Nanos max_hold = task->limiter->policy.max_hold;
+  limiter->counters.held.fetch_add(1, std::memory_order_relaxed);
+  const Nanos max_hold = limiter->policy.max_hold;
   if (max_hold != kForever) timers_.arm(*permit, timers_.now() + max_hold);
   return permit;
 }
@@ -189,9 +223,7 @@ void LimitService::granted(AcquireTask* task) {
   task->remaining = task->reply.remaining;
   task->stamp = task->reply.stamp;
   task->charged_rate = task->group->params.has_rate();
-  // A deal after a refund may bear the very stamp that was refunded.
-  if (GroupState* group = find(task->group->id)) group->refunded = {};
-  task->permit = hold(task);
+  task->permit = take(task->limiter, task->group, task->reply.holder);
   const Nanos now = timers_.now();
   if (task->reply.full_after >= 0) task->full_at = saturating_add(now, task->reply.full_after);
   // The margin may put a slot a little past the deadline; the caller is early then, never late.
@@ -216,8 +248,9 @@ void LimitService::cancel(AcquireTask* task, Outcome outcome) {
     case AcquireTask::State::in_store: break;
   }
   const bool in_store = task->state_ == AcquireTask::State::in_store || task->asking_;
+  const bool was_asking = task->asking_;
   if (in_store) {
-    in_store_.erase(task->pending_);
+    unwatch(*task);
     if (!limits().abandon(task)) {
       task->given_up_ = true;
       task->ref();  // the store's; the other one goes with the completion
@@ -228,6 +261,7 @@ void LimitService::cancel(AcquireTask* task, Outcome outcome) {
     }
   }
   if (task->state_ == AcquireTask::State::waiting) leave_waiters(task);
+  if (was_asking) ask_soon(task->group->id);
   finish(task, outcome);
 }
 
@@ -239,13 +273,7 @@ void LimitService::finish(AcquireTask* task, Outcome outcome) {
   task->waited = std::max<Nanos>(0, now - task->submitted);
   if (task->conflicts > 0) counters.cas_failures.fetch_add(task->conflicts, std::memory_order_relaxed);
   switch (outcome) {
-    case Outcome::granted:
-      add(counters.acquisitions);
-      counters.last_acquisition.store(now, std::memory_order_relaxed);
-      counters.wait_ns.fetch_add(static_cast<std::uint64_t>(task->waited), std::memory_order_relaxed);
-      raise_max(counters.max_wait_ns, static_cast<std::uint64_t>(task->waited));
-      add(counters.waits[wait_bucket(task->waited)]);
-      break;
+    case Outcome::granted: count_grant(counters, now, task->waited); break;
     case Outcome::refused:
       add(counters.timeouts);
       add(task->why == Verdict::rate_limited ? counters.refused_rate : counters.refused_concurrency);
@@ -260,8 +288,11 @@ void LimitService::finish(AcquireTask* task, Outcome outcome) {
 void LimitService::shutdown() {
   closing_ = true;
   timers_.cancel(*this);
+  if (multi_) multi_->closing(*this);
   const auto closed = Status::make(Code::closed, "the engine was shut down while this call was waiting");
-  std::vector<AcquireTask*> all(in_store_.begin(), in_store_.end());
+  std::vector<AcquireTask*> all;
+  for (Question* question : in_store_)
+    if (auto* task = dynamic_cast<AcquireTask*>(question)) all.push_back(task);
   std::vector<PermitRef> permits;
   for (auto& [id, group] : groups_) {
     timers_.cancel(*group);

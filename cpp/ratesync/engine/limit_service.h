@@ -20,6 +20,7 @@
 #include <deque>
 #include <limits>
 #include <list>
+#include <map>
 #include <memory>
 #include <random>
 #include <string>
@@ -32,6 +33,8 @@
 namespace ratesync::engine {
 
 class LimitService;
+class MultiService;
+struct Stand;
 
 // What a limiter is beyond its group: the policy of this process.
 struct Policy {
@@ -40,6 +43,9 @@ struct Policy {
   Nanos outage_budget = kSecond / 4;
   Nanos max_hold = kForever;
 };
+
+// How many may ask at once after successes.
+inline constexpr std::size_t kMaxWindow = 1024;
 
 // Upper bounds of the histogram of waits; what is beyond the last goes into one more bucket.
 inline constexpr std::array<Nanos, 12> kWaitBuckets = {
@@ -67,6 +73,7 @@ struct Counters {
   std::atomic<std::int64_t> held{0};           // slots held through this object (gauge)
 };
 
+void count_grant(Counters& counters, Nanos now, Nanos waited);
 inline void add(std::atomic<std::uint64_t>& counter) { counter.fetch_add(1, std::memory_order_relaxed); }
 
 // Shared by the Python limiter and the operations under way.
@@ -103,6 +110,27 @@ enum class Outcome {
   cancelled,
 };
 
+// A question to a store that is under way, watched by the outage check.
+class Question {
+ public:
+  Question() = default;
+  Question(const Question&) = delete;
+  Question& operator=(const Question&) = delete;
+  // No answer came in time, `elapsed` after it was sent. It is off the watch already.
+  virtual void overdue(Nanos elapsed) = 0;
+
+  Nanos budget = 0;  // how long the store may be silent
+
+ protected:
+  virtual ~Question() = default;
+
+ private:
+  friend class LimitService;
+  Nanos sent_ = 0;
+  std::list<Question*>* list_ = nullptr;  // LimitService::in_store_ or overdue_
+  std::list<Question*>::iterator pending_;
+};
+
 class AcquireTask;
 
 // A moment that was dealt to this process, and what the store needs to take it back.
@@ -120,14 +148,17 @@ struct SleeperRun {
   std::deque<RateSlot> slots;  // never decreasing
 };
 
-class AcquireTask final : public Completion, public store::AcquireOp, public TimerNode {
+class AcquireTask final : public Acquisition, public store::AcquireOp, public Question, public TimerNode {
  public:
   enum class State { created, in_store, waiting, sleeping, finished };
 
   explicit AcquireTask(LimiterRef owner) : limiter(std::move(owner)) {}
+  void start() override;
+  void cancel() override;
   void done() override;      // from the store
   void fire() override;      // deadline of a waiter
   void orphaned() override;  // nobody reads the result
+  void overdue(Nanos elapsed) override;
 
   // in (set before submit)
   const LimiterRef limiter;
@@ -151,16 +182,14 @@ class AcquireTask final : public Completion, public store::AcquireOp, public Tim
   ~AcquireTask() override = default;
 
   State state_ = State::created;
-  bool asking_ = false;    // a waiter whose question is in the store
-  bool given_up_ = false;  // cancelled or failed while the store still has it
-  Nanos sent_ = 0;
-  std::list<AcquireTask*>::iterator place_;    // in the waiters of its group or the sleepers of its run
-  std::list<SleeperRun>::iterator run_;        // while sleeping
-  std::list<AcquireTask*>::iterator pending_;  // in LimitService::in_store_
+  bool asking_ = false;                      // a waiter whose question is in the store
+  bool given_up_ = false;                    // cancelled or failed while the store still has it
+  std::list<AcquireTask*>::iterator place_;  // in the waiters of its group or the sleepers of its run
+  std::list<SleeperRun>::iterator run_;      // while sleeping
 };
 
 // In four files: limit_service.cc (asking, cancelling, the end), limit_sleepers.cc, limit_slots.cc,
-// limit_outages.cc.
+// limit_outages.cc. Calls for several limits are MultiService's, which asks through this one.
 class LimitService final : public TimerNode {
  public:
   LimitService(store::Store& store, Timers& timers, std::uint64_t seed);
@@ -171,13 +200,41 @@ class LimitService final : public TimerNode {
   // Gives back what a delivered result granted, at `slot`, and nobody wants.
   void give_back(const store::GroupRef& group, std::int64_t cost, bool charged, RateSlot slot,
                  const PermitRef& permit);
-  // A slot of the group became free by another way (memory's fast path).
-  void slot_freed(const std::string& group);
+  // A slot of the group may be free: it is offered in order of arrival. `more`: perhaps several are
+  // (somebody else's doing), so after a grant twice as many ask.
+  void slot_freed(const std::string& group, bool more = false);
   // The store forgot what was consumed: everybody who waits asks again, in order.
   void was_reset(const std::string& group);
   // Everything under way is answered with Code::closed; held slots are given back.
   void shutdown();
   void fire() override;  // outage check
+
+  // For MultiService --------------------------------------------------------------------------
+  void serve(MultiService* multi) { multi_ = multi; }
+  [[nodiscard]] bool closing() const { return closing_; }
+  [[nodiscard]] bool shared() const { return shared_; }
+  [[nodiscard]] std::uint64_t next_order() { return ++arrivals_; }
+  void watch(Question& question);
+  void unwatch(Question& question) { question.list_->erase(question.pending_); }
+  void heard() { last_answer_ = timers_.now(); }  // the store answered, whatever
+  // Notes what was granted, and the slot held if there is one.
+  PermitRef take(const LimiterRef& limiter, const store::GroupRef& group, store::HolderId holder);
+  static Status no_answer(Nanos elapsed, bool taken_back);
+  static bool is_outage(const Status& status);
+  // Somebody waits for a slot of the group whom nobody may overtake.
+  [[nodiscard]] bool somebody_waits(const std::string& group) const;
+  void stand(const store::GroupRef& group, Stand& place);
+  void set_freed(Stand& place, bool freed);
+  void move(Stand& place, std::uint64_t order);
+  void leave(Stand& place);
+  // The store remembers this process as a waiter, or may do so.
+  void remembered(const store::GroupRef& group) { state_of(group).remembered = true; }
+  void forget_if_nobody(const std::string& group);
+  // Somebody got a slot though several may be free: twice as many ask now.
+  bool granted_one(const std::string& group);  // false: one was known to be free, no more
+  void refused_one(const std::string& group);
+  // Whoever was asking has left without an answer.
+  void ask_soon(const std::string& group);
 
   [[nodiscard]] store::Store& store() { return store_; }
   [[nodiscard]] store::LimitStore& limits() { return *store_.limits(); }
@@ -208,7 +265,12 @@ class LimitService final : public TimerNode {
     Alarm alarm;
     Nanos alarm_at = kForever;
     std::list<AcquireTask*> waiters;  // for a slot, first come first
-    std::list<SleeperRun> runs;       // for their rate slot's time
+    // Lines of calls for several limits that found this one full, by the arrival of the first in line.
+    std::map<std::uint64_t, Stand*> lines;
+    std::size_t blocked = 0;     // of those, not told yet that a slot may be free
+    bool remembered = false;     // the store knows this process as a waiter
+    std::size_t window = 0;      // how many asked at once when several slots may be free
+    std::list<SleeperRun> runs;  // for their rate slot's time
     // The last refund: who asks with the first stamp, dealt by the same batch, continues at the second.
     RefundChain refunded;
     std::list<PermitRef> permits;
@@ -225,7 +287,14 @@ class LimitService final : public TimerNode {
   void granted(AcquireTask* task);
   AcquireTask* overtaken(AcquireTask* task);
   void enqueue(AcquireTask* task);
-  void ask(GroupState& group, std::size_t slots);
+  void ask(AcquireTask* waiter);
+  struct Offer {
+    std::string group;
+    std::uint64_t after;  // passed on by everybody up to this arrival
+    bool more;
+  };
+  void make_offers();
+  void make(const Offer& offer);
   void poll(GroupState& group);
   void plan_poll(GroupState& group);
   void waiters_changed(GroupState& group);
@@ -240,7 +309,7 @@ class LimitService final : public TimerNode {
   void outage(AcquireTask* task, Status status);
   void finish(AcquireTask* task, Outcome outcome);
   void return_grant(AcquireTask* task);
-  PermitRef hold(AcquireTask* task);
+  void overdue(AcquireTask* task, Nanos elapsed);
   void let_go(const PermitRef& permit);
   void expire(Permit& permit);
   void arm_outage_check();
@@ -250,7 +319,11 @@ class LimitService final : public TimerNode {
   Timers& timers_;
   const bool shared_;
   std::unordered_map<std::string, std::unique_ptr<GroupState>> groups_;
-  std::list<AcquireTask*> in_store_;  // oldest first
+  std::list<Question*> in_store_;  // oldest first
+  std::list<Question*> overdue_;   // being told so; one that is cancelled meanwhile takes itself out
+  std::deque<Offer> offers_;       // being made; a queue, since each may lead to others
+  bool offering_ = false;
+  MultiService* multi_ = nullptr;
   Nanos last_answer_ = 0;
   std::size_t waiting_ = 0;
   std::uint64_t arrivals_ = 0;
