@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ratesync import _engine
 from ratesync.errors import LimiterNotFoundError, StoreNotFoundError
-from ratesync.limits import RateLimiter
+from ratesync.limits import StoreLimiter
 from ratesync.stores import Store
 
 if TYPE_CHECKING:  # imported at first use: validation costs import time
@@ -44,7 +44,7 @@ class RateLimiterRegistry:
         self._backends: _Table[StoreConfig] = _Table(self._drop_built)
         self._limiters: _Table[LimiterOptions] = _Table(self._unbind_all)
         self._bases: dict[str, str] = {}  # clone for one identifier -> the limiter it was cloned from
-        self._built: dict[str, RateLimiter] = {}
+        self._built: dict[str, StoreLimiter] = {}
         self._stores: dict[str, Store] = {}
         self._fastapi: FastAPIConfig | None = None
         self._discovered = False
@@ -130,14 +130,17 @@ class RateLimiterRegistry:
                     raise LimiterNotFoundError(limiter_id, self._limiters, note)
             return found
 
-    def limiter(self, limiter_id: str) -> RateLimiter:
+    def limiter(self, limiter_id: str) -> StoreLimiter:
         with _engine.lock:
             built = self._built.get(limiter_id)
             if built is not None and not built._store._closed:
                 _engine.bound_limiters()[limiter_id] = built
                 return built
+            from ratesync.engines import limiter_class
+
             options = self.options(limiter_id)
-            limiter = RateLimiter(self.store(options.store), limiter_id, options)
+            store = self.store(options.store)
+            limiter = limiter_class(store.engine, options.algorithm).on_store(store, limiter_id, options)
             self._built[limiter_id] = limiter
             _engine.bound_limiters()[limiter_id] = limiter
             return limiter

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 from ratesync._engine import CoreStore, Limiter, bound_limiters, log
 from ratesync._pending import Done, Pending, script
+from ratesync.core import RateLimiter
 from ratesync.errors import StoreError
 
 if TYPE_CHECKING:
     from ratesync._schemas import LimiterOptions
     from ratesync.stores import Store
 
-__all__ = ["LimiterReadOnlyConfig", "LimiterState", "RateLimiter", "RateLimiterMetrics"]
+__all__ = ["LimiterReadOnlyConfig", "LimiterState", "RateLimiter", "RateLimiterMetrics", "StoreLimiter"]
 
 N = TypeVar("N")
 
@@ -191,38 +192,26 @@ class RateLimiterMetrics:
         self.max_concurrent_reached += 1
 
 
-class RateLimiter(Limiter):
-    """One limit on one store: rate, concurrency, or both. Obtain it with `get_limiter(limiter_id)`.
+def core_parameters(store: Store, options: LimiterOptions) -> dict[str, Any]:
+    """What the compiled Limiter is given, besides its store and its name."""
+    return {
+        "rate_per_second": options.rate_per_second,
+        "burst": options.burst,
+        "max_concurrent": options.max_concurrent,
+        "timeout": options.timeout,
+        "fail_closed": options.fail_closed,
+        "outage_budget": options.outage_budget,
+        "lease_seconds": options.lease_seconds,
+        "max_hold_seconds": options.max_hold_seconds,
+        "timing_margin_ms": store._timing_margin_ms,
+    }
 
-    `async with limiter:` and `with limiter:` acquire with the defaults. `acquire_context(timeout, cost=,
-    key=)` does so with a timeout in seconds (None: the limiter's default), a cost in units, and a key that
-    has a limit of its own with the same parameters.
 
-    Example:
-        >>> import ratesync
-        >>> ratesync.configure_limiter("limiter-doc", rate_per_second=10.0, burst=2)
-        >>> limiter = ratesync.get_limiter("limiter-doc")
-        >>> [limiter.try_acquire().wait() for _ in range(3)]
-        [True, True, False]
-        >>> with limiter.acquire_context(timeout=1.0) as permit:
-        ...     permit.limiter_id
-        'limiter-doc'
-    """
+class StoreLimiter(Limiter, RateLimiter):
+    """A limiter of the compiled engine, on one of its stores; `ratesync.engines` has one class per engine."""
 
     def __init__(self, store: Store, group_id: str, options: LimiterOptions) -> None:
-        super().__init__(
-            store._core,
-            group_id,
-            rate_per_second=options.rate_per_second,
-            burst=options.burst,
-            max_concurrent=options.max_concurrent,
-            timeout=options.timeout,
-            fail_closed=options.fail_closed,
-            outage_budget=options.outage_budget,
-            lease_seconds=options.lease_seconds,
-            max_hold_seconds=options.max_hold_seconds,
-            timing_margin_ms=store._timing_margin_ms,
-        )
+        super().__init__(store._core, group_id, **core_parameters(store, options))
         self._store = store
         self._group_id = group_id
         self._options = options
@@ -236,36 +225,12 @@ class RateLimiter(Limiter):
     def acquire(
         self, timeout: float | None = None, *, cost: int = 1, key: str | None = None
     ) -> Pending[None]:
-        """Acquires without a body; with `max_concurrent` the slot is held until `release()`.
-
-        Args:
-            timeout: seconds to wait at most; None takes the limiter's default, and waits as long as it
-                takes where that is None as well.
-            cost: units to take, at least 1.
-            key: acquire from this key's own limit, same parameters.
-
-        Raises:
-            AcquireTimeoutError: the slot would come too late; raised at once when that is known.
-            StoreError: the store failed and `fail_closed` is on.
-        """
         return self._acquire_bare(timeout, cost, key)
 
     def try_acquire(self, timeout: float = 0, *, cost: int = 1, key: str | None = None) -> Pending[bool]:
-        """Like `acquire`, but answers False instead of raising when the slot would come too late.
-
-        Args:
-            timeout: seconds to wait at most. The default 0 tries once, whatever the limiter's is.
-            cost: units to take, at least 1.
-            key: acquire from this key's own limit, same parameters.
-        """
         return self._try(timeout, cost, key)
 
     def release(self) -> Pending[bool]:
-        """Gives back the oldest slot that this object took with `acquire` or `try_acquire`.
-
-        Takes effect at once; awaiting the result is optional. False: there was none - nothing is freed,
-        and never a slot of a context manager or of somebody else - which is logged once.
-        """
         released = self._release_bare()
         if not released and self.max_concurrent is not None and not self._stray_release_logged:
             self._stray_release_logged = True
@@ -279,7 +244,6 @@ class RateLimiter(Limiter):
 
     @script
     def peek(self, key: str | None = None) -> Generator[Pending[Any], Any, LimiterState]:
-        """The state of the limit, or of a key's, as the store sees it. Charges nothing."""
         seen: dict[str, Any] = yield self._peek(key)
         available, in_use = int(seen["available"]), int(seen["in_use"])
         used = 0
@@ -298,15 +262,12 @@ class RateLimiter(Limiter):
         )
 
     def get_state(self, key: str | None = None) -> Pending[LimiterState]:
-        """The same as `peek`."""
         return self.peek(key)
 
     def get_metrics(self) -> RateLimiterMetrics:
-        """Counters of this object; live, not a snapshot."""
         return self._metrics
 
     def get_config(self) -> LimiterReadOnlyConfig:
-        """The parameters, as configured."""
         options = self._options
         return LimiterReadOnlyConfig(
             id=self._group_id,
@@ -323,12 +284,10 @@ class RateLimiter(Limiter):
 
     @script
     def reset(self, key: str | None = None) -> Generator[Pending[Any], Any, None]:
-        """Forgets what was consumed and who holds slots, of the limit itself or of one key."""
         yield self._reset(key)
 
     @script
     def reset_all(self) -> Generator[Pending[Any], Any, None]:
-        """Resets every group in this limiter's store, also those of other limiters and processes."""
         core: CoreStore = self._store._core
         listing = yield core.list(_MAX_RESET)
         rows = [*listing["groups"], *listing["holders"]]
@@ -346,16 +305,11 @@ class RateLimiter(Limiter):
 
     @script
     def initialize(self) -> Generator[Pending[Any], Any, None]:
-        """Connects the store ahead of the first use. Raises what `Store.initialize` raises."""
         yield self._store.initialize()
         self._initialized = True
 
     @script
     def disconnect(self) -> Generator[Pending[Any], Any, None]:
-        """Takes the limiter out of use; closes its store's connections when no other limiter uses them.
-
-        The next use by name builds it again.
-        """
         self._initialized = False
         self._store._users.discard(self)
         if bound_limiters().get(self._group_id) is self:
@@ -367,57 +321,46 @@ class RateLimiter(Limiter):
 
     @property
     def group_id(self) -> str:
-        """The id under which the store keeps the state; processes with the same id share the limit."""
         return self._group_id
 
     @property
     def store_id(self) -> str:
-        """Id of the store."""
         return self._store.store_id
 
     @property
     def algorithm(self) -> str:
-        """`token_bucket`."""
         return self._options.algorithm
 
     @property
     def rate_per_second(self) -> float | None:
-        """Grants per second in the long run; None: no rate limit."""
         return self._options.rate_per_second
 
     @property
     def burst(self) -> int:
-        """Grants that may come at once after idling."""
         return self._options.burst
 
     @property
     def max_concurrent(self) -> int | None:
-        """Slots held at the same time, over all processes; None: no concurrency limit."""
         return self._options.max_concurrent
 
     @property
     def limit(self) -> int | None:
-        """Grants per window; None for token_bucket."""
         return None
 
     @property
     def window_seconds(self) -> float | None:
-        """Length of the window in seconds; None for token_bucket."""
         return None
 
     @property
     def default_timeout(self) -> float | None:
-        """Seconds that `acquire` waits at most unless told otherwise; None: as long as it takes."""
         return self._options.timeout
 
     @property
     def fail_closed(self) -> bool:
-        """Whether an outage of the store refuses calls (True) or lets them pass (False)."""
         return self._options.fail_closed
 
     @property
     def is_initialized(self) -> bool:
-        """Whether `initialize()` or a first grant succeeded on this object, and the store is still open."""
         return not self._store._closed and (self._initialized or self._metrics.total_acquisitions > 0)
 
     def _read_counters(self) -> Mapping[str, Any]:
@@ -454,4 +397,4 @@ class RateLimiter(Limiter):
             )
             if value is not None
         ]
-        return f"<ratesync.RateLimiter {self._group_id!r} on {self.store_id!r} {' '.join(parts)}>"
+        return f"<ratesync.{type(self).__name__} {self._group_id!r} on {self.store_id!r} {' '.join(parts)}>"

@@ -159,6 +159,27 @@ store::GroupRef group_for_key(LimiterImpl& impl, PyObject* key) {
   return std::make_shared<const store::Group>(std::move(id), impl.core->group->params);
 }
 
+namespace {
+
+// Lets `limiter` stand on what `fresh` stands on. What it stood on before is leaked: permits and
+// waiters may refer to it, and after a fork its locks may be held by a thread that is not here.
+LimiterImpl* adopt(LimiterObject* limiter, PyObject* fresh) {
+  if (!PyObject_TypeCheck(fresh, state().limiter_type) || !self_of(fresh)->impl ||
+      self_of(fresh)->impl->generation != g_generation.load(std::memory_order_relaxed)) {
+    PyErr_SetString(PyExc_RuntimeError,
+                    "this limiter was made before fork and is not configured in the child");
+    return nullptr;
+  }
+  const LimiterImpl& from = *self_of(fresh)->impl;
+  limiter->impl =
+      new LimiterImpl{from.id,         from.store_id, from.engine,
+                      from.core,       from.memory,   from.memory ? from.memory->pin(from.id) : memory::Pin(),
+                      from.generation, from.rate_only};
+  return limiter->impl;
+}
+
+}  // namespace
+
 LimiterImpl* live(LimiterObject* limiter) {
   LimiterImpl* impl = limiter->impl;
   if (!impl) {
@@ -166,25 +187,20 @@ LimiterImpl* live(LimiterObject* limiter) {
     return nullptr;
   }
   if (impl->generation == g_generation.load(std::memory_order_relaxed)) return impl;
-  // Forked: what this object points to is the parent's. Its name leads to a fresh one.
-  PyObject* fresh = state().resolve ? PyObject_CallFunction(state().resolve, "s#", impl->id.data(),
-                                                            static_cast<Py_ssize_t>(impl->id.size()))
-                                    : nullptr;
-  if (!fresh) return nullptr;
-  if (PyObject_TypeCheck(fresh, state().limiter_type) && self_of(fresh)->impl &&
-      self_of(fresh)->impl->generation == g_generation.load(std::memory_order_relaxed)) {
-    const LimiterImpl& from = *self_of(fresh)->impl;
-    auto* renewed = new LimiterImpl{from.id,         from.store_id,
-                                    from.engine,     from.core,
-                                    from.memory,     from.memory ? from.memory->pin(from.id) : memory::Pin(),
-                                    from.generation, from.rate_only};
-    limiter->impl = renewed;  // the old one is leaked: its locks may be held by a thread that is not here
-    Py_DECREF(fresh);
-    return renewed;
+  // Forked: what this object points to is the parent's. Its name leads to a fresh one, unless it was
+  // constructed without one: then it has to know itself how to renew what it stands on.
+  PyObject* self = reinterpret_cast<PyObject*>(limiter);
+  PyObject* fresh = nullptr;
+  if (PyObject_HasAttrString(self, "_renew")) {
+    fresh = PyObject_CallMethod(self, "_renew", nullptr);
+  } else if (state().resolve) {
+    fresh = PyObject_CallFunction(state().resolve, "s#", impl->id.data(),
+                                  static_cast<Py_ssize_t>(impl->id.size()));
   }
+  if (!fresh) return nullptr;
+  LimiterImpl* renewed = adopt(limiter, fresh);
   Py_DECREF(fresh);
-  PyErr_SetString(PyExc_RuntimeError, "this limiter was made before fork and is not configured in the child");
-  return nullptr;
+  return renewed;
 }
 
 std::uint64_t caller_key(bool async) {
@@ -283,6 +299,19 @@ PyObject* limiter_release_bare(PyObject* object, PyObject*) {
   Py_RETURN_FALSE;
 }
 
+PyObject* limiter_adopt(PyObject* object, PyObject* fresh) {
+  if (!adopt(self_of(object), fresh)) return nullptr;
+  Py_RETURN_NONE;
+}
+
+PyObject* limiter_forget(PyObject* object, PyObject*) {
+  LimiterImpl* impl = live(self_of(object));
+  if (!impl) return nullptr;
+  auto* memory = dynamic_cast<memory::MemoryStore*>(&impl->core->service->limits());
+  if (memory) memory->reset(impl->core->group, [](const Result<store::Unit>&) {});
+  Py_RETURN_NONE;
+}
+
 int limiter_init(PyObject* object, PyObject* args, PyObject* kwargs) {
   if (self_of(object)->impl) {
     PyErr_SetString(PyExc_RuntimeError, "a limiter is initialised once: its permits refer to what it is");
@@ -326,6 +355,9 @@ PyMethodDef kMethods[] = {
      METH_FASTCALL, "Pending[None]"},
     {"_peek", limiter_peek, METH_O, "Pending[dict]"},
     {"_reset", limiter_reset, METH_O, "Pending[None]"},
+    {"_adopt", limiter_adopt, METH_O, "Stand on what another limiter stands on."},
+    {"_forget", limiter_forget, METH_NOARGS,
+     "Reset at once, on the memory store, while nobody uses the group."},
     {"_counters", limiter_counters, METH_NOARGS, "dict of live counters"},
     {nullptr, nullptr, 0, nullptr},
 };
