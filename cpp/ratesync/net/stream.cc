@@ -165,7 +165,9 @@ void NetStream::handshake() {
   Tls& tls = link_->tls.emplace(link_->socket, *context_);
   if (Status status = prepare_tls(tls.native_handle(), target_.host, target_.tls); !status.ok())
     return finish_connect(std::move(status));
-  doing_ = "it accepts connections and does not answer the TLS handshake";
+  doing_ =
+      "it accepts connections and does not answer the TLS handshake (a port without TLS wants redis:// "
+      "instead of rediss://)";
   tls.async_handshake(Tls::client, [self = self(), link = link_, step = step_](const asio::error_code& ec) {
     if (self->closed_ || self->step_ != step) return;
     if (!ec) return self->finish_connect(Status::success());

@@ -110,6 +110,7 @@ class Parser {
   std::map<std::string, std::string> query_;
   std::optional<int> path_db_;
   std::optional<std::string> url_password_;
+  bool query_password_ = false;
   RedisUrl url_;
 };
 
@@ -149,6 +150,7 @@ Status Parser::query() {
     if (equals == std::string_view::npos)
       return invalid("an option after '?' has no value (name=value&name=value). " + std::string(kEscape));
     std::optional<std::string> key = decode(one.substr(0, equals)), value = decode(one.substr(equals + 1));
+    query_password_ |= key && key->find("password") != std::string::npos;
     if (!key || !value) return invalid("a '%' after '?' is not followed by two hex digits: write %25");
     if (!query_.emplace(*key, std::move(*value)).second) return invalid("an option after '?' is given twice");
   }
@@ -300,7 +302,7 @@ Status Parser::options() {
     return invalid("ssl_* options need a url with TLS: rediss:// instead of redis://");
   // What looks unlike an option may be the rest of a password.
   const bool showable =
-      key.size() <= 32 && rest_.find('@') == std::string_view::npos &&
+      !query_password_ && key.size() <= 32 &&
       std::all_of(key.begin(), key.end(), [](char c) { return (c >= 'a' && c <= 'z') || c == '_'; });
   return invalid(fmt::format("unknown option{} after '?'. Known are db, username, password{}{}. {}",
                              showable && query_.begin()->second.find('@') == std::string::npos
