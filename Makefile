@@ -27,7 +27,7 @@ setup:
 	tools/setup.sh all
 
 demo:
-	tools/setup.sh $(if $(filter postgres,$(STORE)),demo-postgres,demo)
+	tools/setup.sh $(if $(filter-out memory,$(STORE)),demo-$(STORE),demo)
 	$(PY) examples/demo.py --store $(STORE)
 
 test: test-cpp test-python

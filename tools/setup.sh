@@ -3,7 +3,7 @@
 # root or sudo, else the exact line is printed), the virtual environment, and the package installed in
 # it. Does only what is missing, so a second run is quick and needs no network.
 #
-#     tools/setup.sh demo|demo-postgres|test|test-all|lint|bench|docs|all
+#     tools/setup.sh demo|demo-postgres|demo-redis|test|test-all|lint|bench|docs|all
 #
 # VENV (.venv), BUILD (build) and PYTHON (the newest of 3.11 and up) may be set.
 set -euo pipefail
@@ -44,6 +44,8 @@ find_missing() {
   need_file libasio-dev '/usr/include/asio.hpp'
   need_file libfmt-dev '/usr/include/fmt/format.h'
   need_file libpq-dev '/usr/include/postgresql/libpq-fe.h'
+  need_file libhiredis-dev '/usr/include/hiredis/read.h'
+  need_file libssl-dev '/usr/include/openssl/ssl.h'
   local python
   if python=$(find_python); then
     "$python" -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
@@ -55,6 +57,8 @@ find_missing() {
   case $verb in demo-postgres|test|test-all|bench|all)
     command -v initdb >/dev/null || need_file postgresql '/usr/lib/postgresql/*/bin/initdb' ;;
   esac
+  case $verb in demo-redis|test|test-all|bench|all) need_command redis-server redis-server ;; esac
+  case $verb in test|test-all|all) need_command openssl openssl ;; esac  # certificates for TLS tests
   case $verb in test|test-all|lint|all) need_file libgtest-dev '/usr/include/gtest/gtest.h' ;; esac
   case $verb in test|test-all|all) PATH=$PATH:/usr/sbin need_command pgbouncer pgbouncer ;; esac
   case $verb in lint|all)
@@ -88,7 +92,7 @@ install_missing() {
 # --- virtual environment and package ------------------------------------------------------------------
 
 case $verb in
-  demo|demo-postgres) extra=demo ;;
+  demo|demo-postgres|demo-redis) extra=demo ;;
   test) extra=test ;;
   lint) extra=lint ;;
   bench) extra=bench ;;

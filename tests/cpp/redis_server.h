@@ -126,12 +126,13 @@ class RedisServer {
 
   void make_certificates() const {
     const std::string at = directory_ + "/";
-    run({"openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-keyout", at + "ca.key",
-         "-out", at + "ca.pem", "-subj", "/CN=ratesync test authority"});
+    run({"openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+         "-days", "2", "-keyout", at + "ca.key", "-out", at + "ca.pem", "-subj",
+         "/CN=ratesync test authority"});
     { std::ofstream(at + "ext") << "subjectAltName=DNS:localhost\n"; }
     for (const std::string name : {"server", "client"}) {
-      run({"openssl", "req", "-newkey", "rsa:2048", "-nodes", "-keyout", at + name + ".key", "-out",
-           at + name + ".csr", "-subj", "/CN=" + name});
+      run({"openssl", "req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout",
+           at + name + ".key", "-out", at + name + ".csr", "-subj", "/CN=" + name});
       run({"openssl", "x509", "-req", "-in", at + name + ".csr", "-CA", at + "ca.pem", "-CAkey",
            at + "ca.key", "-CAcreateserial", "-days", "2", "-out", at + name + ".pem", "-extfile",
            at + "ext"});
