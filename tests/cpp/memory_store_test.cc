@@ -4,6 +4,8 @@
 
 #include <gtest/gtest.h>
 
+#include <atomic>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -204,6 +206,104 @@ TEST(MemoryStore, ListingIsBoundedAndSaysSo) {
   rig.store.list(1000, read);
   EXPECT_EQ(groups, 100U);
   EXPECT_FALSE(truncated);
+}
+
+// --- several limits at once -------------------------------------------------------------------------
+
+struct All final : store::AcquireAllOp {
+  void done() override { ++answers; }
+  int answers = 0;
+};
+
+store::Part part_of(const std::string& id, double rate, std::int64_t burst, std::int64_t concurrent,
+                    std::int64_t cost = 1) {
+  limits::Params p;
+  p.rate_per_second = rate;
+  p.burst = burst;
+  p.max_concurrent = concurrent;
+  p.timing_margin = 0;
+  return {std::make_shared<const store::Group>(id, p), cost};
+}
+
+TEST(AcquireAll, AllOrNothingAndEachPartSaysWhy) {
+  Clock clock(true);
+  MemoryStore store(clock);
+  All op;
+  op.parts = {part_of("rate", 1, 2, 0), part_of("slots", 0, 1, 1), part_of("both", 1, 5, 9)};
+  store.acquire_all(&op);
+  ASSERT_TRUE(op.granted);
+  EXPECT_EQ(op.replies[0].remaining, 1);
+  EXPECT_EQ(op.replies[1].remaining, 0);
+  EXPECT_NE(op.replies[2].holder, 0U);
+  store.acquire_all(&op);
+  EXPECT_EQ(op.answers, 2);
+  EXPECT_FALSE(op.granted);
+  EXPECT_EQ(op.replies[0].verdict, store::Verdict::granted);
+  EXPECT_EQ(op.replies[1].verdict, store::Verdict::concurrency_full);
+  store.release(op.parts[1].group, 1);
+  store.acquire_all(&op);
+  EXPECT_TRUE(op.granted) << "the refusal charged nothing";
+  store.release(op.parts[1].group, 1);
+  store.acquire_all(&op);
+  EXPECT_EQ(op.replies[0].verdict, store::Verdict::rate_limited);
+  EXPECT_EQ(op.replies[0].retry_after, kSecond);
+  EXPECT_EQ(op.replies[1].verdict, store::Verdict::granted);
+}
+
+TEST(AcquireAll, TheQuickFormOvertakesNobodyWhoWaits) {
+  Clock clock(true);
+  MemoryStore store(clock);
+  const std::vector<store::Part> parts = {part_of("a", 0, 1, 5), part_of("b", 1, 5, 0)};
+  std::vector<store::AcquireReply> replies;
+  store.set_waiters("a", 1);
+  EXPECT_FALSE(store.try_all_now(parts, &replies));
+  EXPECT_EQ(replies[0].verdict, store::Verdict::concurrency_full);
+  All op;
+  op.parts = parts;
+  store.acquire_all(&op);
+  EXPECT_TRUE(op.granted) << "the engine asks for those who wait";
+  store.set_waiters("a", 0);
+  EXPECT_TRUE(store.try_all_now(parts, &replies));
+}
+
+TEST(AcquireAll, ThreadsWithOverlappingSetsInAnyOrderNeverExceedNorDeadlock) {
+  Clock clock(true);
+  MemoryStore store(clock);
+  std::vector<std::string> ids;
+  for (int i = 0; i < 40; ++i) ids.push_back("k" + std::to_string(i));
+  std::atomic<int> granted{0};
+  std::vector<std::thread> threads;
+  for (unsigned t = 0; t < 4; ++t)
+    threads.emplace_back([&, seed = t] {
+      std::vector<store::AcquireReply> replies;
+      for (unsigned i = 0; i < 5000; ++i) {
+        const unsigned first = (seed * 7919 + i * 104729) % 40;
+        const unsigned second = (first + 1 + i % 39) % 40;
+        const std::vector<store::Part> parts = {part_of(ids[first], 0, 1, 1), part_of("all", 1, 1000, 0),
+                                                part_of(ids[second], 0, 1, 1)};
+        if (!store.try_all_now(parts, &replies)) continue;
+        ++granted;
+        store.release(parts[0].group, replies[0].holder);
+        store.release(parts[2].group, replies[2].holder);
+      }
+    });
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(granted, 1000);
+  for (const std::string& id : ids)
+    store.peek(part_of(id, 0, 1, 1).group,
+               [](Result<store::Peek> seen) { EXPECT_EQ(seen.value().in_use, 0); });
+}
+
+TEST(AcquireAll, MillionsOfKeysAreSweptWhileOneOfThemIsAsked) {
+  Clock clock(true);
+  MemoryStore store(clock);
+  std::vector<store::AcquireReply> replies;
+  for (int i = 0; i < 60'000; ++i) {
+    clock.advance(2 * kSecond);
+    ASSERT_TRUE(store.try_all_now(
+        {part_of("x" + std::to_string(i), 1, 1, 0), part_of("y" + std::to_string(i), 1, 1, 0)}, &replies));
+  }
+  EXPECT_LT(store.cells(), 40'000U);
 }
 
 }  // namespace

@@ -85,6 +85,11 @@ class MemoryStore final : public store::Store, public store::LimitStore {
     return decide_now(cell, group, cost, now);
   }
   QuickReply try_now(const store::Group& group, std::int64_t cost);
+  // Any thread. Several limits at once, all or nothing, at this very moment; nobody who waits in engine/ is
+  // overtaken. `replies`: one per part.
+  bool try_all_now(const std::vector<store::Part>& parts, std::vector<store::AcquireReply>* replies) {
+    return decide_all(parts, false, replies);
+  }
   // Any thread. True: somebody waits in engine/ and has to be told.
   bool release_slot(Shard& shard, Cell& cell, store::HolderId holder);
   bool release_slot(std::string_view group, store::HolderId holder);
@@ -110,6 +115,8 @@ class MemoryStore final : public store::Store, public store::LimitStore {
   // LimitStore; all of these may be called on any thread.
   void acquire(store::AcquireOp* op) override;
   bool abandon(store::AcquireOp*) override { return false; }
+  void acquire_all(store::AcquireAllOp* op) override;
+  bool abandon(store::AcquireAllOp*) override { return false; }
   void release(const store::GroupRef& group, store::HolderId holder) override {
     release_slot(group->id, holder);
   }
@@ -124,6 +131,8 @@ class MemoryStore final : public store::Store, public store::LimitStore {
   static constexpr std::size_t kShards = 16;
 
   static QuickReply decide_now(Cell& cell, const store::Group& group, std::int64_t cost, Nanos now);
+  bool decide_all(const std::vector<store::Part>& parts, bool overtakes,
+                  std::vector<store::AcquireReply>* replies);
   Shard& shard_of(std::string_view group) { return shards_[std::hash<std::string_view>{}(group) % kShards]; }
   Cell& cell_of(Shard& shard, std::string_view group);  // shard.mutex held
 
