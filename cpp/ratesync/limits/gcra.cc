@@ -28,7 +28,7 @@ Nanos span(const Params& p, std::int64_t units) {
 }
 
 Pace pace_of(const Params& p) {
-  if (!p.has_rate()) return {};
+  if (p.is_window() || !p.has_rate()) return {};  // no margin either
   return {span(p, 1), span(p, p.burst), margin_of(p)};
 }
 

@@ -15,6 +15,7 @@
 namespace ratesync::limits {
 
 // What the hot path needs of Params, computed once per limiter: three spans instead of divisions.
+// All zero where there is no token bucket.
 struct Pace {
   Nanos unit = 0;    // of one unit
   Nanos burst = 0;   // of the burst

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <string>
+#include <string_view>
 
 #include "ratesync/base/clock.h"
 #include "ratesync/base/status.h"
@@ -13,10 +14,13 @@ inline constexpr double kMaxRate = 1e9;                          // one per nano
 inline constexpr Nanos kMaxHorizon = 1'000'000'000LL * kSecond;  // about 31 years
 inline constexpr std::int64_t kMaxBurst = 1'000'000'000;
 inline constexpr std::int64_t kMaxConcurrent = 1'000'000'000;
+inline constexpr std::int64_t kMaxLimit = 1'000'000'000;
+inline constexpr Nanos kMinWindow = kMilli;
+inline constexpr Nanos kMaxWindow = 366LL * 86'400 * kSecond;
 
-// How units are spaced. The windows are described in limits/window.h.
+// How units are spaced. The windows are described in limits/window.h; they ignore rate and burst.
 enum class Algorithm {
-  token_bucket,     // GCRA: rate_per_second and burst
+  token_bucket,     // GCRA: rate_per_second and burst; limit and window are ignored
   sliding_window,   // at most `limit` units in any `window`: exact log
   sliding_counter,  // the same, estimated from two counters
   fixed_window,     // at most `limit` units per calendar window
@@ -43,7 +47,14 @@ struct Params {
 // Checks ranges. The message names the field, what was expected and what came.
 Status validate(const Params& params);
 
-// Checks a cost against the params: at least 1, and not further ahead than kMaxHorizon.
+// The algorithm's name in configuration, and back; nullptr / false where there is none.
+const char* to_string(Algorithm algorithm);
+bool parse_algorithm(std::string_view name, Algorithm* algorithm);
+
+// Checks a cost against the params: at least 1, and not further ahead than kMaxHorizon; for a window,
+// at most its limit, since a larger one could never be granted.
 Status validate_cost(const Params& params, std::int64_t cost);
+// The same for what settle() says was used in truth: a window may then have carried more than its limit.
+Status validate_actual(const Params& params, std::int64_t cost);
 
 }  // namespace ratesync::limits

@@ -96,7 +96,8 @@ struct Peek {
   std::int64_t available = 0;  // units that could be taken now (rate), else free slots
   std::int64_t in_use = 0;     // concurrency slots held now, in all processes
   Nanos retry_after = 0;       // until one unit could be had; 0 = now
-  Nanos full_after = 0;        // until the bucket is full again
+  Nanos full_after = 0;        // until the bucket is full again, or the window empty
+  std::int64_t used = 0;       // windows: limit minus the units that could be taken now, whoever holds slots
 };
 
 struct HolderInfo {

@@ -1,0 +1,226 @@
+"""The windows by their definition: slow, exact, and written without looking at the core.
+
+Times are integers of one unit since the Unix epoch. Every unit that was dealt is an item of a list, a
+slot is found by trying the moments at which something could change, and quotients are fractions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from fractions import Fraction
+from math import ceil, floor
+from typing import Any
+
+
+@dataclass
+class Model:
+    """What the three have in common: granting within the patience, and stamps."""
+
+    total: int = 0
+
+    def acquire(self, limit: int, window: int, now: int, cost: int, max_wait: int) -> dict[str, Any]:
+        slot = self.slot(limit, window, now, cost)
+        wait = slot - now
+        granted = wait <= max_wait
+        if granted:
+            self.total += cost
+            self.deal(window, slot, cost)
+        return {
+            "granted": granted,
+            "wait": wait if granted else 0,
+            "retry_after": 0 if granted else wait,
+            "remaining": self.remaining(limit, window, now),
+            "full_after": self.full_after(window, now),
+            "stamp": self.total,
+        }
+
+    def peek(self, limit: int, window: int, now: int) -> dict[str, Any]:
+        return {
+            "remaining": self.remaining(limit, window, now),
+            "retry_after": self.slot(limit, window, now, 1) - now,
+            "full_after": self.full_after(window, now),
+        }
+
+    def refund(self, cost: int, stamp: int) -> dict[str, Any]:
+        if stamp == self.total:
+            self.total -= cost
+            self.take_back(cost)
+        return {"stamp": self.total}
+
+    def settle(self, window: int, now: int, delta: int) -> None:
+        self.total += max(0, delta)
+        self.adjust(window, now, delta)
+
+    def slot(self, limit: int, window: int, now: int, cost: int) -> int:
+        raise NotImplementedError
+
+    def deal(self, window: int, slot: int, cost: int) -> None:
+        raise NotImplementedError
+
+    def remaining(self, limit: int, window: int, now: int) -> int:
+        raise NotImplementedError
+
+    def full_after(self, window: int, now: int) -> int:
+        raise NotImplementedError
+
+    def take_back(self, cost: int) -> None:
+        raise NotImplementedError
+
+    def adjust(self, window: int, now: int, delta: int) -> None:
+        raise NotImplementedError
+
+
+@dataclass
+class FixedWindow(Model):
+    """Units are known for one calendar window, that of the latest slot."""
+
+    latest: int | None = None  # the latest slot
+    used: int = 0
+
+    def in_window(self, window: int, number: int) -> int:
+        return self.used if self.latest is not None and self.latest // window == number else 0
+
+    def number(self, window: int, now: int) -> int:
+        return max(now, self.latest if self.latest is not None else now) // window
+
+    def slot(self, limit: int, window: int, now: int, cost: int) -> int:
+        number = self.number(window, now)
+        while self.in_window(window, number) + cost > limit and number == self.number(window, now):
+            number += 1
+        return max(now, number * window)
+
+    def deal(self, window: int, slot: int, cost: int) -> None:
+        self.used = self.in_window(window, slot // window) + cost
+        self.latest = slot // window * window
+
+    def remaining(self, limit: int, window: int, now: int) -> int:
+        if self.number(window, now) > now // window:
+            return 0
+        return max(0, limit - self.in_window(window, now // window))
+
+    def full_after(self, window: int, now: int) -> int:
+        number = self.number(window, now)
+        return (number + 1) * window - now if self.in_window(window, number) else 0
+
+    def take_back(self, cost: int) -> None:
+        self.used = max(0, self.used - cost)
+
+    def adjust(self, window: int, now: int, delta: int) -> None:
+        number = self.number(window, now)
+        self.used = max(0, self.in_window(window, number) + delta)
+        self.latest = number * window
+
+
+@dataclass
+class SlidingCounter(Model):
+    """Units of the calendar window of the latest slot and of the one before."""
+
+    latest: int = 0
+    counts: tuple[int, int] = (0, 0)  # before, in it
+
+    def seen_from(self, window: int, number: int) -> tuple[int, int]:
+        passed = number - self.latest // window
+        before, within = self.counts
+        return {0: (before, within), 1: (within, 0)}.get(passed, (0, 0))
+
+    def estimate(self, window: int, t: int) -> Fraction:
+        before, within = self.seen_from(window, t // window)
+        return within + before * (1 - Fraction(t % window, window))
+
+    def slot(self, limit: int, window: int, now: int, cost: int) -> int:
+        earliest = max(now, self.latest)
+        for number in range(earliest // window, earliest // window + 3):
+            start = max(earliest, number * window)
+            before, within = self.seen_from(window, number)
+            if within + cost > limit:
+                continue
+            # The estimate falls steadily through the window: where is it low enough?
+            if self.estimate(window, start) + cost <= limit:
+                return start
+            slot = (number + 1) * window - floor(Fraction((limit - cost - within) * window, before))
+            assert floor(float(limit - cost - within) * float(window) / float(before)) == floor(
+                Fraction((limit - cost - within) * window, before)
+            ), "a history that tells double precision from exact sums is of no use in the file"
+            if slot < (number + 1) * window:
+                return slot
+        raise AssertionError("the third window at the latest has nothing before it")
+
+    def deal(self, window: int, slot: int, cost: int) -> None:
+        before, within = self.seen_from(window, slot // window)
+        self.counts = (before, within + cost)
+        self.latest = slot
+
+    def remaining(self, limit: int, window: int, now: int) -> int:
+        if self.latest > now:
+            return 0
+        before, _ = self.seen_from(window, now // window)
+        left = window - now % window
+        assert ceil(float(before) * float(left) / float(window)) == ceil(Fraction(before * left, window))
+        return max(0, floor(limit - self.estimate(window, now)))
+
+    def full_after(self, window: int, now: int) -> int:
+        number = max(now, self.latest) // window
+        before, within = self.seen_from(window, number)
+        if within:
+            return (number + 2) * window - now
+        return (number + 1) * window - now if before else 0
+
+    def take_back(self, cost: int) -> None:
+        before, within = self.counts
+        self.counts = (before, max(0, within - cost))
+
+    def adjust(self, window: int, now: int, delta: int) -> None:
+        latest = max(now, self.latest)
+        before, within = self.seen_from(window, latest // window)
+        self.counts = (before, max(0, within + delta))
+        self.latest = latest
+
+
+@dataclass
+class SlidingWindow(Model):
+    """The moment of every unit, in order."""
+
+    units: list[int] = field(default_factory=list)
+
+    def forget(self, window: int, now: int) -> None:
+        self.units = [at for at in self.units if at + window > now]
+
+    def slot(self, limit: int, window: int, now: int, cost: int) -> int:
+        earliest = max([now, *self.units[-1:]])
+        moments = sorted({earliest, *(at + window for at in self.units if at + window > earliest)})
+        return next(
+            t
+            for t in moments
+            if sum(t - window < at <= t for at in self.units if at + window > now) + cost <= limit
+        )
+
+    def acquire(self, limit: int, window: int, now: int, cost: int, max_wait: int) -> dict[str, Any]:
+        self.forget(window, now)
+        return super().acquire(limit, window, now, cost, max_wait)
+
+    def deal(self, window: int, slot: int, cost: int) -> None:
+        self.units += [slot] * cost
+
+    def remaining(self, limit: int, window: int, now: int) -> int:
+        return max(0, limit - sum(at > now - window for at in self.units))
+
+    def full_after(self, window: int, now: int) -> int:
+        return max(0, self.units[-1] + window - now) if self.units else 0
+
+    def take_back(self, cost: int) -> None:
+        self.units = self.units[: max(0, len(self.units) - cost)]
+
+    def adjust(self, window: int, now: int, delta: int) -> None:
+        self.forget(window, now)
+        if delta > 0:
+            self.units += [max([now, *self.units[-1:]])] * delta
+        else:
+            past = [at for at in self.units if at <= now]
+            self.units = past[: max(0, len(past) + delta)] + [at for at in self.units if at > now]
+
+
+MODELS: dict[str, type[Model]] = {
+    "fixed_window": FixedWindow,
+    "sliding_counter": SlidingCounter,
+    "sliding_window": SlidingWindow,
+}
