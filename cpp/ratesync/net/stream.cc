@@ -89,7 +89,7 @@ class NetStream final : public Stream {
   Nanos deadline_ = kForever;
   std::uint64_t step_ = 0;  // of connecting: answers of an earlier one are stale
   const char* doing_ = "";
-  Status failure_;  // the most telling of the addresses tried
+  Status failure_;  // of the latest address
   Done connected_;
   bool closed_ = false;
 };
@@ -190,8 +190,7 @@ void NetStream::arm(Nanos deadline) {
 
 void NetStream::attempt_failed(Status status) {
   ++step_;
-  // A server that answered and was not to our liking tells more than an address where nobody is.
-  if (failure_.code != Code::server) failure_ = std::move(status);
+  failure_ = std::move(status);
   asio::error_code ignored;
   link_->socket.close(ignored);
   next_address();

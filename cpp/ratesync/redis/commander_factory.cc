@@ -2,7 +2,10 @@
 
 #include <utility>
 
+#include "ratesync/redis/cluster.h"
 #include "ratesync/redis/connection.h"
+#include "ratesync/redis/detect.h"
+#include "ratesync/redis/sentinel.h"
 #include "ratesync/redis/single.h"
 #include "ratesync/redis/url.h"
 
@@ -30,15 +33,25 @@ Result<std::unique_ptr<Commander>> make_commander(asio::io_context& io, const Cl
   const RedisUrl& url = parsed.value();
   ConnectionOptions connection = connection_options(url, options);
   const bool subscriptions = options.pool_max_size > 1;
+  // A cluster's node may lose its role at any time and says itself who has it now.
+  const auto cluster = [&io, &clock, connection, url, subscriptions] {
+    ConnectionOptions each = connection;
+    each.primary_only = false;
+    each.target.tls = url.tls;
+    return make_cluster(io, clock, std::move(each), url.hosts, url.describe(), subscriptions);
+  };
   switch (url.topology) {
-    case Topology::single:
+    case Topology::single: {
       connection.target = url.target();
-      return make_single(io, clock, std::move(connection), url.describe(), subscriptions);
-    case Topology::sentinel:
-    case Topology::cluster: break;
+      std::unique_ptr<Commander> single = make_single(io, clock, connection, url.describe(), subscriptions);
+      if (!url.path.empty() || url.db != 0) return single;  // no cluster has either
+      connection.primary_only = false;
+      return make_detecting(std::move(single), Connection::create(io, clock, std::move(connection)), cluster);
+    }
+    case Topology::sentinel: return make_sentinel(io, clock, std::move(connection), url, subscriptions);
+    case Topology::cluster: return cluster();
   }
-  return Status::make(Code::invalid,
-                      "this build serves single Redis servers only: use redis:// or rediss://");
+  return Status::make(Code::internal, "unknown kind of Redis url");
 }
 
 }  // namespace ratesync::redis

@@ -14,7 +14,7 @@ namespace {
 // How long close() lets commands under way be answered: releases of slots, mostly.
 constexpr Nanos kCloseGrace = kSecond;
 
-class Single final : public Commander {
+class Single final : public SingleCommander {
  public:
   Single(asio::io_context& io, const Clock& clock, ConnectionOptions options, std::string description,
          bool subscriptions)
@@ -77,6 +77,10 @@ class Single final : public Commander {
     subscription_->close();
     connection_->finish(kCloseGrace, std::move(done));
   }
+  void retarget(net::StreamTarget target) override {
+    connection_->retarget(target);
+    subscription_->retarget(std::move(target));
+  }
   void abandon_after_fork() override {
     connection_->abandon_after_fork();
     subscription_->abandon_after_fork();
@@ -108,8 +112,9 @@ class Single final : public Commander {
 
 }  // namespace
 
-std::unique_ptr<Commander> make_single(asio::io_context& io, const Clock& clock, ConnectionOptions options,
-                                       std::string description, bool subscriptions) {
+std::unique_ptr<SingleCommander> make_single(asio::io_context& io, const Clock& clock,
+                                             ConnectionOptions options, std::string description,
+                                             bool subscriptions) {
   return std::make_unique<Single>(io, clock, std::move(options), std::move(description), subscriptions);
 }
 

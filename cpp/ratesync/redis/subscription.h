@@ -36,6 +36,7 @@ class Subscription : public std::enable_shared_from_this<Subscription> {
   void abandon_after_fork();
 
   [[nodiscard]] bool open() const { return state_ == State::open; }
+  [[nodiscard]] std::string peer() const { return target_.describe(); }
   [[nodiscard]] std::uint64_t reconnects() const { return connects_ > 0 ? connects_ - 1 : 0; }
   [[nodiscard]] const Status& last_error() const { return backoff_.last_error(); }
 

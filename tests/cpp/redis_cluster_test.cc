@@ -1,0 +1,458 @@
+// The Commander over a Redis Cluster of three primaries, one of them with a replica, all real.
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <map>
+#include <set>
+
+#include "ratesync/redis/cluster.h"
+#include "ratesync/redis/slots.h"
+#include "redis_fixture.h"
+
+namespace ratesync::testing {
+namespace {
+
+// Many answers below are of no interest.
+struct Answer : Result<Reply> {
+  Answer(Result<Reply> result) : Result<Reply>(std::move(result)) {}  // NOLINT(google-explicit-constructor)
+};
+
+class RedisClusterTest : public RedisTest {
+ protected:
+  // Four nodes: three primaries, then a replica of the first.
+  struct Cluster {
+    std::vector<std::unique_ptr<RedisServer>> servers;
+    std::vector<int> buses;
+    Cluster() {
+      for (int i = 0; i < 4; ++i) {
+        buses.push_back(RedisServer::free_port());
+        servers.push_back(std::make_unique<RedisServer>(std::vector<std::string>{
+            "--cluster-enabled", "yes", "--cluster-node-timeout", "600", "--cluster-port",
+            std::to_string(buses.back()), "--cluster-replica-validity-factor", "0",
+            "--repl-diskless-sync-delay", "0"}));
+      }
+    }
+  };
+  static Cluster& cluster() {
+    static Cluster one;
+    return one;
+  }
+
+  void SetUp() override {
+    for (const auto& server : cluster().servers) control_.push_back(connection(options(server->port())));
+    static bool formed = false;
+    if (!std::exchange(formed, true)) form();
+    for (int i = 0; i < 3; ++i) say(i, {"FLUSHALL"});
+  }
+  void TearDown() override {
+    for (auto& commander : commanders_) {
+      bool closed = false;
+      commander->close([&] { closed = true; });
+      EXPECT_FALSE(closed) << "answered inside the call";
+      EXPECT_TRUE(wait_until([&] { return closed; }));
+    }
+    commanders_.clear();
+    for (auto& c : control_) c->close(Status::make(Code::closed, "end"));
+    control_.clear();
+    io_.restart();
+    io_.poll();
+  }
+
+  Answer say(int node, std::initializer_list<std::string_view> words) {
+    return send(*control_[static_cast<std::size_t>(node)], words);
+  }
+  std::string id(int node) { return text(say(node, {"CLUSTER", "MYID"})); }
+  static std::string port(int node) {
+    return std::to_string(cluster().servers[static_cast<std::size_t>(node)]->port());
+  }
+
+  void form() {
+    for (int i = 0; i < 4; ++i) {
+      say(i, {"CLUSTER", "SET-CONFIG-EPOCH", std::to_string(i + 1)});
+      say(0, {"CLUSTER", "MEET", "127.0.0.1", port(i),
+              std::to_string(cluster().buses[static_cast<std::size_t>(i)])});
+    }
+    const std::array<int, 4> bounds = {0, 5461, 10'922, 16'384};
+    for (std::size_t i = 0; i < 3; ++i)
+      say(static_cast<int>(i),
+          {"CLUSTER", "ADDSLOTSRANGE", std::to_string(bounds[i]), std::to_string(bounds[i + 1] - 1)});
+    const std::string first = id(0);
+    ASSERT_TRUE(wait_until([&] { return text(say(3, {"CLUSTER", "REPLICATE", first})) == "OK"; }));
+    wait_until_healthy();
+  }
+  void wait_until_healthy() {
+    const auto healthy = [&](int node) {
+      const std::string info = text(say(node, {"CLUSTER", "INFO"}));
+      const std::string nodes = text(say(node, {"CLUSTER", "NODES"}));
+      return info.find("cluster_state:ok") != std::string::npos &&
+             info.find("cluster_slots_ok:16384") != std::string::npos &&
+             info.find("cluster_known_nodes:4") != std::string::npos &&
+             nodes.find("fail") == std::string::npos && nodes.find("handshake") == std::string::npos &&
+             nodes.find("slave") != std::string::npos;
+    };
+    for (int i = 0; i < 4; ++i) ASSERT_TRUE(wait_until([&] { return healthy(i); })) << i;
+    const auto linked = [&] {
+      for (int i : {0, 3})
+        if (text(say(i, {"INFO", "replication"})).find("master_link_status:up") != std::string::npos)
+          return true;
+      return false;
+    };
+    ASSERT_TRUE(wait_until(linked));
+  }
+
+  // A commander that was not connected by hand.
+  Commander& cluster_commander(const std::string& url = {}, CommanderOptions with = {}) {
+    commanders_.push_back(
+        commander(url.empty() ? "redis+cluster://127.0.0.1:" + port(1) : url, std::move(with)));
+    return *commanders_.back();
+  }
+  Status connect_all(Commander& c) {
+    std::optional<Status> status;
+    c.connect([&](Status s) { status = std::move(s); });
+    EXPECT_FALSE(status) << "answered inside the call";
+    EXPECT_TRUE(wait_until([&] { return status.has_value(); }));
+    return status.value_or(Status::make(Code::internal, "no answer"));
+  }
+  Nanos in(Nanos time) { return clock_.now() + time; }
+  Answer keyed(Commander& c, std::string_view key, std::initializer_list<std::string_view> words,
+               Nanos patience = 10 * kSecond) {
+    std::optional<Result<Reply>> reply;
+    c.call(key, command(words), in(patience), [&](Result<Reply> r) { reply = std::move(r); });
+    EXPECT_FALSE(reply) << "answered inside the call";
+    EXPECT_TRUE(wait_until([&] { return reply.has_value(); }));
+    return reply ? std::move(*reply) : Result<Reply>(Status::make(Code::internal, "no answer"));
+  }
+  Answer run(Commander& c, const Script& script, std::string_view key, std::string_view value) {
+    std::optional<Result<Reply>> reply;
+    c.eval(script, key, command({"1", key, value}), in(10 * kSecond),
+           [&](Result<Reply> r) { reply = std::move(r); });
+    EXPECT_TRUE(wait_until([&] { return reply.has_value(); }));
+    return reply ? std::move(*reply) : Result<Reply>(Status::make(Code::internal, "no answer"));
+  }
+  // A key of this node's share of the slots.
+  static std::string key_at(int node, int number = 0) {
+    for (int i = 0;; ++i) {
+      std::string key = fmt::format("k{}", i);
+      if (hash_slot(key) / 5462 == node && number-- == 0) return key;
+    }
+  }
+  void migrate(int slot, int from, int to) {
+    const std::string number = std::to_string(slot);
+    say(to, {"CLUSTER", "SETSLOT", number, "IMPORTING", id(from)});
+    say(from, {"CLUSTER", "SETSLOT", number, "MIGRATING", id(to)});
+  }
+  // Only after migrate(): taking in a slot is what raises the epoch by which nodes settle who has it.
+  void own(int slot, int node) {
+    const std::string owner = id(node);
+    for (int i : {node, 0, 1, 2}) say(i, {"CLUSTER", "SETSLOT", std::to_string(slot), "NODE", owner});
+  }
+
+  std::vector<std::shared_ptr<Connection>> control_;
+  std::vector<std::unique_ptr<Commander>> commanders_;
+};
+
+const Script kPut = {"put", "redis.call('SET', KEYS[1], ARGV[1]) return redis.call('GET', KEYS[1])",
+                     "f2db93b4cb5b30b12a9c9ba8aa5e2d5a4d70da7d"};
+
+TEST_F(RedisClusterTest, SendsEachKeyToItsOwner) {
+  Commander& c = cluster_commander();
+  EXPECT_TRUE(connect_all(c).ok());
+  EXPECT_TRUE(c.clustered());
+  for (int i = 0; i < 30; ++i) {
+    const std::string key = fmt::format("{{t{}}}:x", i);
+    EXPECT_EQ(text(keyed(c, key, {"SET", key, "v"})), "OK");
+    EXPECT_EQ(say(0, {"CLUSTER", "KEYSLOT", key}).value().integer, c.slot_of(key));
+  }
+  const std::string odd("\xff\x00{\xfe}\x80", 6);
+  EXPECT_EQ(say(0, {"CLUSTER", "KEYSLOT", odd}).value().integer, c.slot_of(odd));
+  EXPECT_EQ(text(keyed(c, "", {"PING"})), "PONG");
+}
+
+TEST_F(RedisClusterTest, NeedsNoConnectBeforeTheFirstCall) {
+  Commander& c = cluster_commander();
+  EXPECT_EQ(text(keyed(c, "a", {"SET", "a", "1"})), "OK");
+}
+
+TEST_F(RedisClusterTest, FindsTheClusterFromAnySeedThatLives) {
+  Commander& c = cluster_commander("redis+cluster://127.0.0.1:1,127.0.0.1:2,127.0.0.1:" + port(3));
+  EXPECT_TRUE(connect_all(c).ok());
+  EXPECT_EQ(text(keyed(c, key_at(0), {"SET", key_at(0), "1"})), "OK");
+}
+
+TEST_F(RedisClusterTest, IsFoundBehindAPlainUrlAlsoOfAReplica) {
+  for (const int node : {0, 3}) {
+    Commander& c = cluster_commander("redis://127.0.0.1:" + port(node));
+    int ups = 0;
+    c.on_reconnect([&] { ++ups; });
+    EXPECT_TRUE(connect_all(c).ok());
+    EXPECT_TRUE(c.clustered());
+    for (int i = 0; i < 3; ++i) EXPECT_EQ(text(keyed(c, key_at(i), {"SET", key_at(i), "1"})), "OK");
+    EXPECT_GT(ups, 0);
+  }
+}
+
+TEST_F(RedisClusterTest, IsFoundByCallsThatDoNotWaitForConnect) {
+  Commander& c = cluster_commander("redis://127.0.0.1:" + port(0));
+  std::vector<std::string> answers;
+  for (int i = 0; i < 60; ++i)
+    c.call(key_at(i % 3, i / 3), command({"SET", key_at(i % 3, i / 3), "1"}), in(10 * kSecond),
+           [&](const Result<Reply>& r) { answers.push_back(text(r)); });
+  EXPECT_TRUE(connect_all(c).ok());
+  EXPECT_TRUE(wait_until([&] { return answers.size() == 60; }));
+  EXPECT_EQ(std::count(answers.begin(), answers.end(), "OK"), 60);
+  EXPECT_TRUE(c.clustered());
+}
+
+TEST_F(RedisClusterTest, LeavesASingleServerASingleServer) {
+  RedisServer alone;
+  Commander& c = cluster_commander(alone.url());
+  EXPECT_TRUE(connect_all(c).ok());
+  EXPECT_FALSE(c.clustered());
+  EXPECT_EQ(text(keyed(c, "a", {"SET", "a", "1"})), "OK");
+  store::Stats stats;
+  c.add_stats(stats);
+  EXPECT_EQ(stats.connections_open, 1u);
+}
+
+TEST_F(RedisClusterTest, SaysThatAServerIsNoCluster) {
+  RedisServer alone;
+  Commander& c = cluster_commander(fmt::format("redis+cluster://127.0.0.1:{}", alone.port()));
+  const Status status = connect_all(c);
+  EXPECT_EQ(status.code, Code::server);
+  EXPECT_NE(status.message.find("cluster support disabled"), std::string::npos) << status.message;
+}
+
+TEST_F(RedisClusterTest, LoadsAScriptOnEachNodeThatDoesNotKnowIt) {
+  Commander& c = cluster_commander();
+  Script script = kPut;
+  script.sha1 = text(say(0, {"SCRIPT", "LOAD", script.source}));
+  for (int i = 0; i < 3; ++i) say(i, {"SCRIPT", "FLUSH"});
+  int answered = 0;
+  for (int i = 0; i < 90; ++i)
+    c.eval(script, key_at(i % 3, i / 3), command({"1", key_at(i % 3, i / 3), "v"}), in(10 * kSecond),
+           [&](const Result<Reply>& r) {
+             EXPECT_EQ(text(r), "v");
+             ++answered;
+           });
+  EXPECT_TRUE(wait_until([&] { return answered == 90; }));
+  for (int i = 0; i < 3; ++i)
+    EXPECT_NE(text(say(i, {"INFO", "commandstats"})).find("cmdstat_script|load:calls="), std::string::npos);
+}
+
+TEST_F(RedisClusterTest, FollowsMovedAndAsksForTheMap) {
+  Commander& c = cluster_commander();
+  ASSERT_TRUE(connect_all(c).ok());
+  const std::string key = key_at(0);
+  keyed(c, key, {"SET", key, "old"});
+  const int slot = hash_slot(key);
+  migrate(slot, 0, 2);
+  say(0, {"MIGRATE", "127.0.0.1", port(2), "", "0", "5000", "KEYS", key});
+  own(slot, 2);
+  EXPECT_EQ(text(keyed(c, key, {"GET", key})), "old");
+  store::Stats before, after;
+  c.add_stats(before);
+  EXPECT_EQ(text(keyed(c, key, {"GET", key})), "old");
+  c.add_stats(after);
+  EXPECT_LE(after.statements - before.statements, 2u);  // straight to the new owner (and a map, perhaps)
+  migrate(slot, 2, 0);
+  say(2, {"MIGRATE", "127.0.0.1", port(0), "", "0", "5000", "KEYS", key});
+  own(slot, 0);
+  EXPECT_EQ(text(keyed(c, key, {"GET", key})), "old");
+}
+
+TEST_F(RedisClusterTest, FollowsAskAlsoForScriptsThatMustBeLoadedThere) {
+  Commander& c = cluster_commander();
+  ASSERT_TRUE(connect_all(c).ok());
+  const std::string key = key_at(1), fresh = fmt::format("{{{}}}:fresh", key);
+  keyed(c, key, {"SET", key, "1"});
+  Script script = kPut;
+  script.sha1 = text(say(1, {"SCRIPT", "LOAD", script.source}));
+  say(2, {"SCRIPT", "FLUSH"});
+  const int slot = hash_slot(key);
+  migrate(slot, 1, 2);
+  EXPECT_EQ(text(keyed(c, key, {"GET", key})), "1");     // still there
+  EXPECT_EQ(text(run(c, script, fresh, "new")), "new");  // not there: it is made at the new owner
+  say(2, {"ASKING"});
+  EXPECT_EQ(text(say(2, {"GET", fresh})), "new");
+  say(1, {"MIGRATE", "127.0.0.1", port(2), "", "0", "5000", "KEYS", key});
+  EXPECT_EQ(text(keyed(c, key, {"INCR", key})), "");
+  own(slot, 2);
+  EXPECT_EQ(text(keyed(c, key, {"GET", key})), "2");
+  keyed(c, key, {"DEL", key, fresh});
+  migrate(slot, 2, 1);
+  own(slot, 1);
+}
+
+TEST_F(RedisClusterTest, TriesAgainWhileKeysOfOneCommandAreOnTheirWay) {
+  Commander& c = cluster_commander();
+  ASSERT_TRUE(connect_all(c).ok());
+  const std::string a = "{x}a", b = "{x}b";
+  const int slot = hash_slot("x");
+  int from = 0;
+  while (say(from, {"GET", a}).value().kind == Reply::Kind::error) ++from;
+  const int to = (from + 1) % 3;
+  keyed(c, a, {"MSET", a, "1", b, "2"});
+  migrate(slot, from, to);
+  say(from, {"MIGRATE", "127.0.0.1", port(to), "", "0", "5000", "KEYS", a});
+  // Now a is there and b is here: TRYAGAIN, until the deadline ...
+  const Nanos begin = clock_.now();
+  const auto late = keyed(c, a, {"MGET", a, b}, 150 * kMilli);
+  EXPECT_EQ(late.status().code, Code::unavailable) << text(late);
+  EXPECT_EQ(late.status().sqlstate, "TRYAGAIN");
+  EXPECT_GE(clock_.now() - begin, 140 * kMilli);
+  // ... or until it is over.
+  std::optional<Result<Reply>> reply;
+  c.call(a, command({"MGET", a, b}), in(10 * kSecond), [&](Result<Reply> r) { reply = std::move(r); });
+  say(from, {"MIGRATE", "127.0.0.1", port(to), "", "0", "5000", "KEYS", b});
+  own(slot, to);
+  ASSERT_TRUE(wait_until([&] { return reply.has_value(); }));
+  ASSERT_TRUE(reply->ok()) << text(*reply);
+  ASSERT_EQ(reply->value().items.size(), 2u);
+  EXPECT_EQ(reply->value().items[1].text, "2");
+  keyed(c, a, {"DEL", a, b});
+  migrate(slot, to, from);
+  own(slot, from);
+}
+
+TEST_F(RedisClusterTest, RefusesAScriptOverTwoSlotsAndSaysTheCure) {
+  Commander& c = cluster_commander();
+  const auto reply = keyed(c, "a", {"MGET", "a", "b"});
+  EXPECT_EQ(reply.status().code, Code::server);
+  EXPECT_EQ(reply.status().sqlstate, "CROSSSLOT");
+  EXPECT_NE(reply.status().message.find("hash tag"), std::string::npos);
+}
+
+TEST_F(RedisClusterTest, AsksAndScansAllPrimaries) {
+  Commander& c = cluster_commander();
+  ASSERT_TRUE(connect_all(c).ok());
+  for (int i = 0; i < 60; ++i) keyed(c, key_at(i % 3, i / 3), {"SET", key_at(i % 3, i / 3), "1"});
+  std::vector<Result<Reply>> sizes;
+  c.call_all(command({"DBSIZE"}), kForever, [&](std::vector<Result<Reply>> all) { sizes = std::move(all); });
+  ASSERT_TRUE(wait_until([&] { return !sizes.empty(); }));
+  ASSERT_EQ(sizes.size(), 3u);
+  for (const auto& one : sizes) EXPECT_EQ(one.value().integer, 20);
+  const auto scan = [&](std::size_t limit) {
+    std::optional<Result<std::vector<std::string>>> keys;
+    c.scan("k*", limit, kForever, [&](Result<std::vector<std::string>> found) { keys = std::move(found); });
+    EXPECT_TRUE(wait_until([&] { return keys.has_value(); }));
+    return keys->value();
+  };
+  const auto all = scan(1'000);
+  EXPECT_EQ(std::set(all.begin(), all.end()).size(), 60u);
+  EXPECT_EQ(scan(25).size(), 25u);
+}
+
+TEST_F(RedisClusterTest, HearsWhatIsPublishedOnAnyNode) {
+  Commander& c = cluster_commander();
+  ASSERT_TRUE(connect_all(c).ok());
+  std::vector<std::string> heard;
+  c.subscribe("news", [&](std::string_view message) { heard.emplace_back(message); });
+  ASSERT_TRUE(wait_until([&] { return c.subscribed(); }));
+  for (int i = 0; i < 3; ++i) say(i, {"PUBLISH", "news", std::to_string(i)});
+  ASSERT_TRUE(wait_until([&] { return heard.size() == 3; }));
+  EXPECT_EQ(std::set(heard.begin(), heard.end()), (std::set<std::string>{"0", "1", "2"}));
+}
+
+TEST_F(RedisClusterTest, SaysWhenNoSeedIsThere) {
+  Commander& c = cluster_commander("redis+cluster://127.0.0.1:1,127.0.0.1:2");
+  const auto status = connect_all(c);
+  EXPECT_EQ(status.code, Code::unavailable) << status.message;
+  EXPECT_TRUE(c.down());
+  EXPECT_EQ(keyed(c, "a", {"GET", "a"}).status().code, Code::unavailable);
+}
+
+TEST_F(RedisClusterTest, FailsAtOnceWhileAllNodesHangAndComesBack) {
+  CommanderOptions with;
+  with.socket_connect_timeout = with.socket_timeout = 300 * kMilli;
+  Commander& c = cluster_commander({}, with);
+  ASSERT_TRUE(connect_all(c).ok());
+  keyed(c, "a", {"SET", "a", "1"});
+  for (const auto& server : cluster().servers) server->freeze();
+  // Sent, and no answer: never sent again.
+  EXPECT_EQ(keyed(c, "a", {"INCR", "a"}).status().code, Code::in_doubt);
+  EXPECT_TRUE(wait_until([&] { return c.down(); }));
+  const Nanos begin = clock_.now();
+  EXPECT_EQ(keyed(c, "a", {"INCR", "a"}).status().code, Code::unavailable);
+  EXPECT_LT(clock_.now() - begin, 250 * kMilli);
+  for (const auto& server : cluster().servers) server->thaw();
+  wait_until_healthy();
+  Answer now = keyed(c, "a", {"GET", "a"});
+  EXPECT_TRUE(wait_until([&] { return (now = keyed(c, "a", {"GET", "a"})).ok(); }));
+  EXPECT_TRUE(text(now) == "1" || text(now) == "2") << text(now);
+  EXPECT_FALSE(c.down());
+}
+
+TEST_F(RedisClusterTest, AnswersEverythingOnceWhenItIsClosedOrLetGo) {
+  for (const bool close : {true, false}) {
+    std::unique_ptr<Commander> c = commander("redis+cluster://127.0.0.1:" + port(1));
+    int answered = 0;
+    for (int i = 0; i < 50; ++i) {
+      c->call(key_at(i % 3), command({"GET", key_at(i % 3)}), in(kSecond),
+              [&](const Result<Reply>&) { ++answered; });
+      io_.restart();
+      io_.poll_one();
+    }
+    bool closed = false;
+    if (close) {
+      c->close([&] { closed = true; });
+      c->call("a", command({"GET", "a"}), in(kSecond), [&](const Result<Reply>& r) {
+        ++answered;
+        EXPECT_EQ(r.status().code, Code::closed);
+      });
+      ASSERT_TRUE(wait_until([&] { return closed; }));
+    }
+    c.reset();
+    EXPECT_TRUE(wait_until([&] { return answered == (close ? 51 : 50); })) << answered;
+  }
+}
+
+// Last: it changes who is who.
+TEST_F(RedisClusterTest, ZMovesToThePromotedReplicaAndNothingHangs) {
+  Commander& c = cluster_commander({}, [] {
+    CommanderOptions with;
+    with.socket_timeout = 2 * kSecond;
+    return with;
+  }());
+  ASSERT_TRUE(connect_all(c).ok());
+  int ups = 0;
+  std::vector<std::string> heard;
+  c.subscribe("news", [&](std::string_view message) { heard.emplace_back(message); });
+  const std::string key = key_at(0);
+  ASSERT_EQ(text(keyed(c, key, {"SET", key, "1"})), "OK");
+  ASSERT_TRUE(wait_until([&] { return c.subscribed(); }));
+  c.on_reconnect([&] { ++ups; });
+  RedisServer& victim = *cluster().servers[0];
+  for (const bool frozen : {false, true}) {
+    say(0, {"WAIT", "1", "2000"});
+    RedisServer& now = frozen ? *cluster().servers[3] : victim;
+    ups = 0;
+    if (frozen)
+      now.freeze();
+    else
+      now.kill();
+    // A short deadline is kept while the slots have no primary ...
+    const Nanos begin = clock_.now();
+    const auto early = keyed(c, key, {"GET", key}, 100 * kMilli);
+    EXPECT_LT(clock_.now() - begin, 3 * kSecond) << text(early);
+    // ... and a command that may be repeated ends at the new one.
+    ASSERT_TRUE(wait_until([&] { return text(keyed(c, key, {"GET", key}, 5 * kSecond)) == "1"; }));
+    EXPECT_GT(ups, 0);
+    // The others were never out.
+    EXPECT_EQ(text(keyed(c, key_at(1), {"SET", key_at(1), "1"})), "OK");
+    ASSERT_TRUE(wait_until([&] { return c.subscribed(); }));
+    heard.clear();
+    ASSERT_TRUE(wait_until([&] {
+      keyed(c, "", {"PUBLISH", "news", "still here"});
+      return !heard.empty();
+    }));
+    if (frozen)
+      now.thaw();
+    else
+      now.start();
+    wait_until_healthy();
+  }
+}
+
+}  // namespace
+}  // namespace ratesync::testing
