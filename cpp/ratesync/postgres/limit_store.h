@@ -16,13 +16,16 @@
 
 #include "ratesync/base/clock.h"
 #include "ratesync/batch/batcher.h"
-#include "ratesync/postgres/holders.h"
 #include "ratesync/postgres/limit_plan.h"
 #include "ratesync/postgres/limit_sql.h"
 #include "ratesync/postgres/pg_pool.h"
+#include "ratesync/store/holders.h"
 #include "ratesync/store/store.h"
 
 namespace ratesync::postgres {
+
+using store::Holders;
+using store::Holding;
 
 // What the limit store needs of the store around it.
 class LimitBackend {

@@ -1,6 +1,6 @@
 // The concurrency slots that this process holds, group by group, and what the server was told.
 //
-// The server's lease row carries an absolute count, so whatever goes wrong - a lost answer, a
+// The lease that the server keeps carries an absolute count, so whatever goes wrong - a lost answer, a
 // release while the server is away - is healed by saying the count again. A lease that was not
 // renewed for its whole length counts as lost here too, by this process's own clock, measured from
 // the moment the last successful statement was sent. Pure: no clock, no I/O.
@@ -16,12 +16,12 @@
 #include "ratesync/base/clock.h"
 #include "ratesync/store/limit_store.h"
 
-namespace ratesync::postgres {
+namespace ratesync::store {
 
 struct Holding {
-  store::GroupRef group;
-  store::HolderId id = 0;           // this incarnation
-  store::HolderId fresh = 0;        // the next one, if the server finds that this one was lost
+  GroupRef group;
+  HolderId id = 0;                  // this incarnation
+  HolderId fresh = 0;               // the next one, if the server finds that this one was lost
   std::int64_t held = 0;            // slots in use here
   std::int64_t stated = 0;          // what the server knows; kUnknown after a lost answer
   std::int64_t freed = 0;           // without leases: given back, the server does not know yet
@@ -42,9 +42,9 @@ class Holders {
   explicit Holders(std::uint64_t seed) : random_(seed) {}
 
   Holding* find(const std::string& group);
-  Holding& of(const store::GroupRef& group);
+  Holding& of(const GroupRef& group);
   // A slot comes back. Null: it belongs to an incarnation that is gone.
-  Holding* release(const std::string& group, store::HolderId holder);
+  Holding* release(const std::string& group, HolderId holder);
 
   // Around every statement that carries the group.
   void sent(Holding& holding);
@@ -72,10 +72,10 @@ class Holders {
   [[nodiscard]] std::size_t size() const { return all_.size(); }
 
  private:
-  store::HolderId random_id() { return (random_() >> 1) | 1; }
+  HolderId random_id() { return (random_() >> 1) | 1; }
 
   std::unordered_map<std::string, Holding> all_;  // node based: pointers stay
   std::mt19937_64 random_;
 };
 
-}  // namespace ratesync::postgres
+}  // namespace ratesync::store

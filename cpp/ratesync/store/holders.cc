@@ -1,15 +1,15 @@
-#include "ratesync/postgres/holders.h"
+#include "ratesync/store/holders.h"
 
 #include <algorithm>
 
-namespace ratesync::postgres {
+namespace ratesync::store {
 
 Holding* Holders::find(const std::string& group) {
   const auto it = all_.find(group);
   return it == all_.end() ? nullptr : &it->second;
 }
 
-Holding& Holders::of(const store::GroupRef& group) {
+Holding& Holders::of(const GroupRef& group) {
   const auto [it, fresh] = all_.try_emplace(group->id);
   Holding& holding = it->second;
   if (fresh) {
@@ -20,7 +20,7 @@ Holding& Holders::of(const store::GroupRef& group) {
   return holding;
 }
 
-Holding* Holders::release(const std::string& group, store::HolderId holder) {
+Holding* Holders::release(const std::string& group, HolderId holder) {
   Holding* holding = find(group);
   if (!holding || holding->id != holder || holding->held == 0) return nullptr;
   --holding->held;
@@ -113,4 +113,4 @@ Holders::Due Holders::due(Nanos now, Nanos retry, bool leases) {
   return out;
 }
 
-}  // namespace ratesync::postgres
+}  // namespace ratesync::store
