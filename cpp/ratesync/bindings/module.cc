@@ -163,6 +163,23 @@ void bind_engine(py::module_& module) {
             self.engine->advance(static_cast<Nanos>(seconds * 1e9));
           },
           "seconds"_a)
+      .def(
+          "step",
+          [](const PyEngine& self, Nanos to, bool idle) -> py::object {
+            if (!self.engine->clock().manual())
+              throw py::value_error("step() needs an engine with manual_clock=True");
+            Nanos next;
+            if (idle) {
+              next = self.engine->step(to, true);
+            } else {
+              const py::gil_scoped_release release;
+              next = self.engine->step(to, false);
+            }
+            if (next == kForever) return py::none();
+            return py::int_(next);
+          },
+          "to_ns"_a, "idle"_a)
+      .def("now_ns", [](const PyEngine& self) { return self.engine->clock().now(); })
       .def("now", [](const PyEngine& self) { return secs(self.engine->clock().now()); })
       .def("shutdown", [](const PyEngine& self) {
         const py::gil_scoped_release release;

@@ -147,6 +147,21 @@ void Engine::advance(Nanos by) {
   done.wait();
 }
 
+Nanos Engine::step(Nanos to, bool idle) {
+  if (!clock_.manual() || forked()) return kForever;
+  const Nanos now = clock_.now();
+  if (to > now) clock_.advance(to - now);
+  if (idle) return kForever;
+  std::promise<Nanos> fired;
+  std::future<Nanos> next = fired.get_future();
+  if (!submit(Run{[this, &fired] {
+        timers_->run_due();
+        fired.set_value(timers_->next());
+      }}))
+    return kForever;
+  return next.get();
+}
+
 void Engine::abandon_after_fork() {
   closed_ = true;
   for (auto& entry : stores_) entry->store->abandon_after_fork();

@@ -75,6 +75,9 @@ class Engine {
   void shutdown();
   // Manual clock: moves time and fires what became due, before it returns.
   void advance(Nanos by);
+  // Manual clock: the same up to the moment `to`; returns that of the next timer, kForever when there is
+  // none. `idle`: nothing waits, so there is nothing to fire and the I/O thread is not asked.
+  Nanos step(Nanos to, bool idle);
 
   [[nodiscard]] const Clock& clock() const { return clock_; }
   [[nodiscard]] MultiService& multi() { return *multi_; }

@@ -39,6 +39,7 @@ class Timers {
     timer_.cancel();
     stopped_ = true;
   }
+  [[nodiscard]] Nanos next() const { return nodes_.empty() ? kForever : nodes_.begin()->first; }
   [[nodiscard]] std::size_t size() const { return nodes_.size(); }
   [[nodiscard]] Nanos now() const { return clock_.now(); }
 

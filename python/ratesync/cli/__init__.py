@@ -15,8 +15,10 @@ from ratesync import errors
 from ratesync._version import __version__
 from ratesync.cli._common import Failure, NoFile
 from ratesync.cli._config import check, init
+from ratesync.cli._simulate import simulate
 from ratesync.cli._status import status
 from ratesync.cli._stores import doctor, migrate
+from ratesync.cli._top import top
 
 __all__ = ["cli"]
 
@@ -51,11 +53,14 @@ def cli() -> None:
       ratesync migrate --dry-run        what would be created?
       ratesync doctor                   is the database ready?
       ratesync status                   who holds what?
+      ratesync top                      the same, live
+      ratesync simulate f.toml --trace requests.csv
+                                        what would f.toml have done with that traffic?
 
     Without -c the file is found as the library does: RATE_SYNC_CONFIG, ./rate-sync.toml,
     ./config/rate-sync.toml. Exit status: 0 fine, 1 something is wrong, 2 wrong usage or no file.
     """
 
 
-for _command in (check, init, migrate, doctor, status):
+for _command in (check, init, migrate, doctor, status, top, simulate):
     cli.add_command(_command)

@@ -50,28 +50,58 @@ def _collect_status(config_file: str | None, limit: int) -> dict[str, Any]:
             listing = store.list(limit).wait()
             holders += [{"store": store_id, **row} for row in listing["holders"]]
             mine = [name for name, fields in configured.items() if fields["store"] == store_id][:limit]
-            for name in mine:
-                limiter = ratesync.get_limiter(name)
-                state = limiter.peek().wait()
-                bounds = (limiter.burst if limiter.rate_per_second else None, limiter.max_concurrent)
-                capacity = min(bound for bound in bounds if bound is not None)
-                limiters.append(
-                    {
-                        "limiter": name,
-                        "store": store_id,
-                        "rate_per_second": limiter.rate_per_second,
-                        "burst": limiter.burst,
-                        "max_concurrent": limiter.max_concurrent,
-                        "allowed": state.allowed,
-                        "remaining": state.remaining,
-                        "in_use": state.in_use,
-                        "retry_after": state.retry_after,
-                        "used": max(0.0, min(1.0, 1 - state.remaining / capacity)),
-                    }
-                )
+            limiters += [limiter_row(name) for name in mine]
         except errors.StoreError as error:
             problems[store_id] = str(error)
     return {"limiters": limiters, "holders": holders, "errors": problems}
+
+
+def limiter_row(name: str) -> dict[str, Any]:
+    """How full a limiter is now."""
+    import ratesync
+
+    limiter = ratesync.get_limiter(name)
+    state = limiter.peek().wait()
+    bounds = (limiter.burst if limiter.rate_per_second else None, limiter.limit, limiter.max_concurrent)
+    capacity = min(bound for bound in bounds if bound is not None)
+    return {
+        "limiter": name,
+        "store": limiter.store_id,
+        "rate_per_second": limiter.rate_per_second,
+        "burst": limiter.burst,
+        "max_concurrent": limiter.max_concurrent,
+        "allowed": state.allowed,
+        "remaining": state.remaining,
+        "in_use": state.in_use,
+        "retry_after": state.retry_after,
+        "used": max(0.0, min(1.0, 1 - state.remaining / capacity)),
+    }
+
+
+def used_bar(share: float) -> str:
+    """`share` of ten blocks, and in per cent."""
+    filled = round(share * 10)
+    return f"{'█' * filled}{'░' * (10 - filled)} {share:4.0%}"
+
+
+def slots_text(row: dict[str, Any]) -> str:
+    """Slots in use of how many."""
+    return f"{row['in_use']}/{row['max_concurrent']}" if row["max_concurrent"] is not None else "-"
+
+
+def next_text(row: dict[str, Any]) -> str:
+    """When the limiter grants next."""
+    return "now" if row["allowed"] else f"{row['retry_after']:.3g} s"
+
+
+def holders_table(rows: list[dict[str, Any]]) -> Table:
+    """Who holds slots."""
+    table = Table("group", "holder", "slots", "held for", "expires in", box=None, pad_edge=False)
+    for row in rows:
+        expires = f"{row['expires_in']:.1f} s" if row["expires_in"] >= 0 else "expired"
+        slots, held = str(row["slots"]), f"{row['held_for']:.1f} s"
+        table.add_row(escape(row["group"]), escape(row["holder"]), slots, held, expires)
+    return table
 
 
 def _print_status(report: dict[str, Any]) -> None:
@@ -80,33 +110,21 @@ def _print_status(report: dict[str, Any]) -> None:
         "limiter", "store", "rate/s", "used", "remaining", "in use", "next in", box=None, pad_edge=False
     )
     for row in report["limiters"]:
-        filled = round(row["used"] * 10)
-        in_use = f"{row['in_use']}/{row['max_concurrent']}" if row["max_concurrent"] is not None else "-"
         table.add_row(
             escape(row["limiter"]),
             escape(row["store"]),
             "-" if row["rate_per_second"] is None else f"{row['rate_per_second']:g}",
-            f"{'█' * filled}{'░' * (10 - filled)} {row['used']:4.0%}",
+            used_bar(row["used"]),
             str(row["remaining"]),
-            in_use,
-            "now" if row["allowed"] else f"{row['retry_after']:.3g} s",
+            slots_text(row),
+            next_text(row),
         )
     if report["limiters"]:
         console.print(table)
     elif not report["errors"]:
         console.print("no limiters are configured")
     if report["holders"]:
-        holders = Table("group", "holder", "slots", "held for", "expires in", box=None, pad_edge=False)
-        for row in report["holders"]:
-            expires = f"{row['expires_in']:.1f} s" if row["expires_in"] >= 0 else "expired"
-            holders.add_row(
-                escape(row["group"]),
-                escape(row["holder"]),
-                str(row["slots"]),
-                f"{row['held_for']:.1f} s",
-                expires,
-            )
         console.print()
-        console.print(holders)
+        console.print(holders_table(report["holders"]))
     for store_id, problem in report["errors"].items():
         click.echo(f"ratesync: store {store_id}: {problem}", err=True)
