@@ -103,7 +103,8 @@ class _Look:
                 listing = store.list(self._limit).wait()
                 answered = time.perf_counter() - asked
                 report["holders"] += [{"store": store_id, **row} for row in listing["holders"]]
-                report["groups"] += [self._group(store_id, row, elapsed) for row in listing["groups"]]
+                if store.capabilities["shared"]:  # else they are this command's own
+                    report["groups"] += [self._group(store_id, row, elapsed) for row in listing["groups"]]
                 mine = [name for name, fields in configured.items() if fields["store"] == store_id]
                 report["limiters"] += [limiter_row(name) for name in mine[: self._limit]]
                 report["stores"].append(
