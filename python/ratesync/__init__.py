@@ -10,6 +10,8 @@
 Limits are configured in `rate-sync.toml` or with `configure_store` and `configure_limiter`.
 """
 
+from typing import TYPE_CHECKING
+
 from ratesync._engine import Permit, acquire, shutdown
 from ratesync._pending import Pending
 from ratesync._version import __version__
@@ -55,8 +57,20 @@ from ratesync.registry import (
 )
 from ratesync.stores import Store
 
+if TYPE_CHECKING:
+    from ratesync import testing
+    from ratesync._legacy import configure_rate_limiter, get_rate_limiter, initialize_rate_limiter
+    from ratesync.checks import check_limiter, check_multi_limiters
+    from ratesync.composite import CompositeLimitCheck, CompositeRateLimiter, StrategyType
+    from ratesync.decorators import rate_limited
+    from ratesync.engines.memory import MemoryRateLimiter
+    from ratesync.engines.postgres import PostgresRateLimiter
+    from ratesync.schemas import MultiLimiterResult, RateLimitResult
+
 __all__ = [
     "AcquireTimeoutError",
+    "CompositeLimitCheck",
+    "CompositeRateLimiter",
     "ConfigFileNotFoundError",
     "ConfigValidationError",
     "InDoubtError",
@@ -64,9 +78,13 @@ __all__ = [
     "LimiterNotFoundError",
     "LimiterReadOnlyConfig",
     "LimiterState",
+    "MemoryRateLimiter",
+    "MultiLimiterResult",
     "OperationCancelledError",
     "Pending",
     "Permit",
+    "PostgresRateLimiter",
+    "RateLimitResult",
     "RateLimiter",
     "RateLimiterAcquisitionError",
     "RateLimiterAlreadyConfiguredError",
@@ -83,26 +101,69 @@ __all__ = [
     "StoreServerError",
     "StoreTimeoutError",
     "StoreUnavailableError",
+    "StrategyType",
     "__version__",
     "acquire",
+    "check_limiter",
+    "check_multi_limiters",
     "clone_limiter",
     "combine_identifiers",
     "configure_fastapi",
     "configure_limiter",
+    "configure_rate_limiter",
     "configure_store",
     "get_fastapi_config",
     "get_limiter",
     "get_or_clone_limiter",
+    "get_rate_limiter",
     "get_store",
     "hash_identifier",
     "initialize_all_limiters",
     "initialize_limiter",
+    "initialize_rate_limiter",
     "list_limiters",
     "list_stores",
     "load_config",
+    "rate_limited",
     "shutdown",
+    "testing",
     "try_acquire",
 ]
+
+
+# Imported at their first use, so that `import ratesync` stays quick.
+_LAZY = {
+    "CompositeLimitCheck": "composite",
+    "CompositeRateLimiter": "composite",
+    "MemoryRateLimiter": "engines.memory",
+    "MultiLimiterResult": "schemas",
+    "PostgresRateLimiter": "engines.postgres",
+    "RateLimitResult": "schemas",
+    "StrategyType": "composite",
+    "check_limiter": "checks",
+    "check_multi_limiters": "checks",
+    "configure_rate_limiter": "_legacy",
+    "get_rate_limiter": "_legacy",
+    "initialize_rate_limiter": "_legacy",
+    "rate_limited": "decorators",
+    "testing": "testing",
+}
+
+
+def __getattr__(name: str) -> object:
+    home = _LAZY.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    module = import_module(f"{__name__}.{home}")
+    value: object = module if home == name else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def _warn_about_rate_sync() -> None:

@@ -324,3 +324,11 @@ class _Located:
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
         if isinstance(error, ConfigValidationError):
             error.field = f"{self._path}.{error.field}" if error.field else self._path
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("configure_fastapi", "get_fastapi_config", "load_config"):  # their home imports this module
+        from ratesync import registry
+
+        return getattr(registry, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,6 +7,8 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 from ratesync import _engine
+from ratesync._engine import Permit as AcquireContext
+from ratesync._engine import acquire
 from ratesync._pending import Pending, script
 from ratesync._registry import DEFAULT_STORE, RateLimiterRegistry, _registry
 from ratesync.errors import RateLimiterAlreadyConfiguredError
@@ -17,7 +19,9 @@ if TYPE_CHECKING:
     from ratesync.config import FastAPIConfig
 
 __all__ = [
+    "AcquireContext",
     "RateLimiterRegistry",
+    "acquire",
     "clone_limiter",
     "configure_fastapi",
     "configure_limiter",

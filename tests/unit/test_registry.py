@@ -540,7 +540,8 @@ except ratesync.ConfigValidationError as error:
 
 def test_import_leaves_the_heavy_libraries_alone(clean: Path) -> None:
     done = run_python(
-        "import sys, ratesync; print({'rich', 'click', 'tomllib', 'msgspec'} & set(sys.modules))",
+        "import sys, ratesync; print({'rich', 'click', 'tomllib', 'msgspec', 'asyncio', 'ratesync.schemas', "
+        "'ratesync.decorators', 'ratesync.testing', 'ratesync.config'} & set(sys.modules))",
         clean,
     )
     assert done.stdout.strip() == "set()", done.stderr

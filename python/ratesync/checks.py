@@ -1,0 +1,251 @@
+"""`check_limiter` and `check_multi_limiters`: whether a call may go on, as a value with numbers to tell.
+
+The numbers are the store's, from the decision itself or from one `peek`. A check holds nothing: a
+concurrency slot that it was granted is given back before it answers, so that a check of `max_concurrent`
+says whether a slot is free. Who wants to hold the slot during a body uses `acquire`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Sequence
+from typing import Any, cast
+
+from ratesync._engine import Permit, log
+from ratesync._pending import Pending, script
+from ratesync._registry import _registry
+from ratesync.core import RateLimiter
+from ratesync.errors import AcquireTimeoutError, RateLimiterAcquisitionError
+from ratesync.schemas import MultiLimiterResult, RateLimitResult
+
+__all__ = ["check_limiter", "check_multi_limiters"]
+
+
+@script
+def check_limiter(
+    limiter_id: str, acquire_if_allowed: bool = True, timeout: float = 0
+) -> Generator[Pending[Any], Any, RateLimitResult]:
+    """Whether a call may go on: await the result, or `.wait()` for it.
+
+    No concurrency slot is held afterwards: one that was granted is given back before this returns.
+
+    Args:
+        limiter_id: name of the limiter.
+        acquire_if_allowed: take one unit when it is allowed. False: only look, and charge nothing.
+        timeout: seconds to wait for the unit at most; 0 tries once. Without effect when only looking.
+
+    Returns:
+        A `RateLimitResult` with what the store says. During an outage it is the limiter's policy:
+        `fail_closed` refuses, otherwise the call is allowed with everything remaining.
+
+    Raises:
+        LimiterNotFoundError: no such limiter.
+
+    Example:
+        >>> import ratesync
+        >>> ratesync.configure_limiter("check-doc", rate_per_second=1.0, burst=2)
+        >>> first = check_limiter("check-doc").wait()
+        >>> first.allowed, first.limit, first.remaining
+        (True, 2, 1)
+        >>> check_limiter("check-doc", acquire_if_allowed=False).wait().remaining
+        1
+    """
+    limiter = _registry.limiter(limiter_id)
+    if not acquire_if_allowed:
+        looked: RateLimitResult = yield look(limiter, limiter_id)
+        return looked
+    (answer,) = yield acquire_all([Request(limiter, limiter_id)], timeout)
+    result: RateLimitResult = answer
+    return result
+
+
+@script
+def check_multi_limiters(
+    limiter_ids: Sequence[str], acquire_if_allowed: bool = True, timeout: float = 0
+) -> Generator[Pending[Any], Any, MultiLimiterResult]:
+    """Whether a call may go on under several limits: await the result, or `.wait()` for it.
+
+    All or nothing: when one limiter refuses, none is charged. No concurrency slot is held afterwards.
+
+    Args:
+        limiter_ids: names of limiters. None at all allows the call. A repeated name counts once.
+        acquire_if_allowed: take one unit of each when all allow it. False: only look, and charge nothing.
+        timeout: seconds to wait at most; 0 tries once. Without effect when only looking.
+
+    Returns:
+        A `MultiLimiterResult`; its `results` are in the order of the names.
+
+    Raises:
+        LimiterNotFoundError: one of the names is not configured; nothing was charged.
+
+    Example:
+        >>> import ratesync
+        >>> ratesync.configure_limiter("check-user", rate_per_second=1.0, burst=5)
+        >>> ratesync.configure_limiter("check-ip", rate_per_second=1.0)
+        >>> check_multi_limiters(["check-user", "check-ip"]).wait().allowed
+        True
+        >>> refused = check_multi_limiters(["check-user", "check-ip"]).wait()
+        >>> refused.allowed, refused.blocking_limiter_id, refused.results[0].remaining
+        (False, 'check-ip', 4)
+    """
+    if isinstance(limiter_ids, str):
+        limiter_ids = [limiter_ids]
+    requests = {name: Request(_registry.limiter(name), name) for name in limiter_ids}
+    if not requests:
+        return MultiLimiterResult.from_results([])
+    if acquire_if_allowed:
+        results: Sequence[RateLimitResult] = yield acquire_all(list(requests.values()), timeout)
+    else:
+        looked = []
+        for request in requests.values():
+            result = yield look(request.limiter, request.name, request.key)
+            looked.append(result)
+        results = looked
+    answers = dict(zip(requests, results, strict=True))
+    return MultiLimiterResult.from_results([answers[name] for name in limiter_ids])
+
+
+# One limiter --------------------------------------------------------------------------------------
+
+
+class Request:
+    """One limit that is asked: a limiter, the key, and the name that results carry."""
+
+    __slots__ = ("key", "limiter", "name")
+
+    def __init__(self, limiter: RateLimiter, name: str, key: str | None = None) -> None:
+        self.limiter = limiter
+        self.name = name
+        self.key = key
+
+    @property
+    def quota(self) -> int:
+        """Units that the limiter has; slots, where it only counts slots."""
+        limiter = self.limiter
+        if limiter.limit is not None:
+            return limiter.limit
+        if limiter.rate_per_second is not None:
+            return limiter.burst
+        return limiter.max_concurrent or 0
+
+    @property
+    def charges(self) -> bool:
+        """Whether it counts units, and not only slots."""
+        return self.limiter.limit is not None or self.limiter.rate_per_second is not None
+
+    def refused(self, error: RateLimiterAcquisitionError) -> RateLimitResult:
+        slots = error.reason == "concurrency_full"
+        limit = (self.limiter.max_concurrent or 0) if slots else self.quota
+        return RateLimitResult(False, limit, 0, error.retry_after or 0.0, self.name)
+
+    def undecided(self, error: RateLimiterAcquisitionError | None) -> RateLimitResult:
+        """Nobody decided: the store is out. The limiter's policy does."""
+        if self.limiter.fail_closed:
+            log.warning("limiter %r refuses while its store is out: %s", self.name, error)
+            return RateLimitResult(False, self.quota, 0, 0.0, self.name)
+        return RateLimitResult(True, self.quota, self.quota, 0.0, self.name)
+
+
+class _Entering:
+    """A permit as a Pending of itself."""
+
+    __slots__ = ("_permit",)
+
+    def __init__(self, permit: Permit) -> None:
+        self._permit = permit
+
+    def __await__(self) -> Generator[Any, Any, Permit]:
+        return self._permit.__await__()
+
+    def wait(self) -> Permit:
+        return self._permit.__enter__()
+
+
+def entering(permit: Permit) -> Pending[Permit]:
+    """Acquires, in a script."""
+    return cast("Pending[Permit]", _Entering(permit))  # scripts need no more of a Pending
+
+
+@script
+def look(
+    limiter: RateLimiter, name: str, key: str | None = None
+) -> Generator[Pending[Any], Any, RateLimitResult]:
+    """The answer of a limiter that charges nothing."""
+    request = Request(limiter, name, key)
+    try:
+        state = yield limiter.peek(key)
+    except RateLimiterAcquisitionError as error:
+        return request.undecided(error)
+    if state.allowed:
+        return RateLimitResult(True, request.quota, state.remaining, state.reset_after, name)
+    return RateLimitResult(False, request.quota, 0, state.retry_after, name)
+
+
+# Several, all or nothing --------------------------------------------------------------------------
+
+
+@script
+def acquire_all(
+    requests: Sequence[Request], timeout: float | None
+) -> Generator[Pending[Any], Any, list[RateLimitResult]]:
+    """Takes one unit of each, or nothing, and holds no slot afterwards. One answer per request."""
+    until = None if timeout is None else time.monotonic() + timeout
+    permits: list[Permit] = []
+    blocking: Request | None = None
+    refusal: RateLimiterAcquisitionError | None = None
+    try:
+        for blocking in requests:
+            left = timeout if not permits or until is None else max(0.0, until - time.monotonic())
+            permit = yield entering(blocking.limiter.acquire_context(left, key=blocking.key))
+            permits.append(permit)
+    except RateLimiterAcquisitionError as error:
+        refusal = error
+    except GeneratorExit:  # closed from outside: nothing can be awaited any more
+        for permit in permits:
+            permit.release()
+        raise
+    except BaseException:
+        yield _give_back(permits)
+        raise
+    if refusal is not None:
+        yield _give_back(permits)
+    numbers = [(permit.passed_open, permit.remaining, permit.reset_after) for permit in permits]
+    for permit in permits:
+        permit.release()
+    answers = []
+    for place, request in enumerate(requests):
+        if refusal is not None and request is blocking:
+            late = isinstance(refusal, AcquireTimeoutError)
+            answer = request.refused(refusal) if late else request.undecided(refusal)
+        elif refusal is None:
+            answer = yield _granted(request, *numbers[place])
+        else:
+            answer = yield look(request.limiter, request.name, request.key)
+        answers.append(answer)
+    return answers
+
+
+@script
+def _granted(
+    request: Request, passed_open: bool, remaining: int, reset: float | None
+) -> Generator[Pending[Any], Any, RateLimitResult]:
+    """What a permit said about its limiter; its store is asked where the permit does not know."""
+    if passed_open:
+        return request.undecided(None)
+    if reset is None and request.charges:
+        state = yield look(request.limiter, request.name, request.key)
+        reset = state.reset_in
+    return RateLimitResult(True, request.quota, min(remaining, request.quota), reset or 0.0, request.name)
+
+
+@script
+def _give_back(permits: Sequence[Permit]) -> Generator[Pending[Any], Any, None]:
+    """Undoes acquisitions: units and slots."""
+    for permit in permits:
+        try:
+            if not permit.passed_open:
+                yield permit.settle(0)
+        except RateLimiterAcquisitionError as error:
+            log.warning("a unit of %r was not given back: %s", permit.limiter_id, error)
+        finally:
+            permit.release()
