@@ -29,14 +29,20 @@ namespace ratesync::testing {
 
 class RedisServer {
  public:
-  // `arguments` as on the command line: {"--requirepass", "secret"}. With `tls`, tls_port() listens too and
+  // `arguments` as on the command line: {"--requirepass", "secret"}. `config` becomes a configuration file
+  // (Sentinel wants one that it can write). With `tls`, tls_port() listens too and
   // the certificates of directory() are made: ca.pem, server.pem and client.pem (+ .key) for "localhost".
-  explicit RedisServer(std::vector<std::string> arguments = {}, bool tls = false)
+  explicit RedisServer(std::vector<std::string> arguments = {}, bool tls = false,
+                       const std::string& config = {})
       : arguments_(std::move(arguments)) {
     char pattern[] = "/tmp/ratesync-redis-XXXXXX";
     if (!mkdtemp(pattern)) throw std::runtime_error("mkdtemp failed");
     directory_ = pattern;
     port_ = free_port();
+    if (!config.empty()) {
+      config_ = directory_ + "/conf";
+      std::ofstream(config_) << config;
+    }
     if (tls) {
       tls_port_ = free_port();
       make_certificates();
@@ -63,6 +69,7 @@ class RedisServer {
                                         directory_,     "--save",    "",
                                         "--bind",       "127.0.0.1", "--enable-debug-command",
                                         "yes"};
+    if (!config_.empty()) command.insert(command.begin() + 1, config_);
     if (tls_port_ != 0)
       for (const std::string& word :
            {std::string("--tls-port"), std::to_string(tls_port_), std::string("--tls-ca-cert-file"),
@@ -169,6 +176,7 @@ class RedisServer {
 
   const std::vector<std::string> arguments_;
   std::string directory_;
+  std::string config_;
   int port_ = 0;
   int tls_port_ = 0;
   pid_t pid_ = 0;

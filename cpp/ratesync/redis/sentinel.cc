@@ -120,8 +120,8 @@ class Finder : public std::enable_shared_from_this<Finder> {
   }
 
   Result<net::StreamTarget> read(std::size_t which, Result<Reply> reply) const {
-    if (!reply.ok()) return reply.status();
-    const std::string& peer = sentinels_[which]->peer();
+    if (!reply.ok()) return explained(reply.status());
+    const std::string peer = sentinels_[which]->peer();
     const ErrorContext context{peer, url_.sentinel_user, "SENTINEL GET-MASTER-ADDR-BY-NAME"};
     reply = checked(std::move(reply.value()), context);
     if (!reply.ok()) return explained(reply.status());
