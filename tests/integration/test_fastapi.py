@@ -325,6 +325,63 @@ async def test_a_client_that_goes_away_while_waiting_for_a_turn_leaves_nothing(s
     assert await held_now("slots") == 0
 
 
+@pytest.mark.parametrize("where", ["dependency", "middleware"])
+async def test_a_client_that_leaves_a_stream_leaves_no_slot(store: str, where: str) -> None:
+    ratesync.configure_limiter("slots", store, max_concurrent=1)
+    app = FastAPI()
+    dependencies = [Depends(RateLimitDependency("slots"))] if where == "dependency" else []
+
+    @app.get("/", dependencies=dependencies)
+    async def index() -> StreamingResponse:
+        async def chunks() -> AsyncIterator[bytes]:
+            while True:
+                yield b"x"
+                await asyncio.sleep(0.001)
+
+        return StreamingResponse(chunks())
+
+    if where == "middleware":
+        app.add_middleware(RateLimitMiddleware, limiter_id="slots")
+    gone = asyncio.Event()
+
+    async def receive() -> dict[str, Any]:
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        if message.get("body"):
+            assert await held_now("slots") == 1
+            gone.set()
+
+    scope = {
+        "type": "http",
+        "method": "GET",
+        "path": "/",
+        "headers": [],
+        "query_string": b"",
+        "client": ("192.0.2.1", 1),
+    }
+    await asyncio.wait_for(app(scope, receive, send), 20)
+    assert await held_now("slots") == 0
+
+
+async def test_a_cancelled_composite_gives_everything_back(store: str) -> None:
+    ratesync.configure_limiter("first", store, rate_per_second=0.01, burst=5, max_concurrent=5)
+    ratesync.configure_limiter("second", store, max_concurrent=1)
+    limit = CompositeRateLimitDependency(
+        {"a": "first", "b": "second"}, lambda request: {"a": "x", "b": "x"}, timeout=60
+    )
+    async with ratesync.acquire("second", key="x"), client_of(app_with(limit)) as client:
+        request = asyncio.create_task(client.get("/"))
+        while (await ratesync.get_limiter("first").peek("x")).remaining == 5:
+            await asyncio.sleep(0.01)
+        request.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await request
+        state = await ratesync.get_limiter("first").peek("x")
+    assert (state.remaining, state.in_use) == (5, 0)
+
+
 async def test_a_full_limit_says_429_with_what_is_known(store: str) -> None:
     ratesync.configure_limiter("slots", store, rate_per_second=1000.0, burst=5, max_concurrent=2)
     app = app_with(RateLimitDependency("slots", headers="both"))

@@ -206,6 +206,7 @@ def test_names_are_structured_field_strings(name: str, written: str) -> None:
         ({"rate_per_second": 0.3, "burst": 1}, (Policy("p", 1, 4),)),
         ({"rate_per_second": 1.5}, (Policy("p", 1, 1),)),
         ({"max_concurrent": 7}, (Policy("p", 7),)),
+        ({"rate_per_second": 2.0, "limit": 50, "window_seconds": 5.0}, (Policy("p", 2, 1),)),
         (
             {"rate_per_second": 2.0, "max_concurrent": 7},
             (Policy("p", 2, 1), Policy("p:concurrent", 7)),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from ratesync import Permit, get_limiter
+from ratesync import LimiterReadOnlyConfig, Permit, get_limiter
 from ratesync.contrib.fastapi.headers import RateLimitResult, policies_of
 from ratesync.contrib.fastapi.identity import safe_key
 from ratesync.errors import AcquireTimeoutError, RateLimiterAcquisitionError, StoreExhaustedError
@@ -67,8 +67,9 @@ async def admit(limiter_id: str, identifier: object, timeout: float | None) -> A
     except AcquireTimeoutError as refusal:
         slots = refusal.reason == "concurrency_full"
         policy = policies[-1] if slots else policies[0]
+        limit = (config.max_concurrent or 0) if slots else _units(config)
         wait = refusal.retry_after or 0.0
-        return Admission(RateLimitResult(False, policy.quota, 0, wait, limiter_id, policies, policy.name))
+        return Admission(RateLimitResult(False, limit, 0, wait, limiter_id, policies, policy.name))
     if permit.passed_open:
         return Admission(None, permit)
     try:
@@ -79,13 +80,20 @@ async def admit(limiter_id: str, identifier: object, timeout: float | None) -> A
     except BaseException:
         permit.release()
         raise
-    remaining = min(permit.remaining, policies[0].quota)
+    limit, name = _units(config), policies[0].name
+    remaining = min(permit.remaining, limit)
     return Admission(
-        RateLimitResult(
-            True, policies[0].quota, remaining, reset or 0.0, limiter_id, policies, policies[0].name
-        ),
-        permit,
+        RateLimitResult(True, limit, remaining, reset or 0.0, limiter_id, policies, name), permit
     )
+
+
+def _units(config: LimiterReadOnlyConfig) -> int:
+    """What there is when nothing is used."""
+    if config.algorithm != "token_bucket" and config.limit is not None:
+        return config.limit
+    if config.algorithm == "token_bucket" and config.rate_per_second is not None:
+        return config.burst
+    return config.max_concurrent or 0
 
 
 def lets_pass(error: Exception, fail_open: bool) -> bool:

@@ -271,11 +271,15 @@ class CompositeRateLimitDependency(_Limit):
 
 
 async def _undo(admissions: Sequence[Admission]) -> None:
-    for admission in reversed(admissions):
-        try:
-            await admission.undo()
-        except Exception as error:  # it stays charged: the rate is kept, not exceeded
-            log.warning("a grant could not be given back: %s", error)
+    try:
+        for admission in reversed(admissions):
+            try:
+                await admission.undo()
+            except Exception as error:  # it stays charged: the rate is kept, not exceeded
+                log.warning("a grant could not be given back: %s", error)
+    finally:  # cancelled meanwhile: at least the slots
+        for admission in admissions:
+            admission.release()
 
 
 def refusal(identifier: str, result: RateLimitResult, headers: HeaderStyle) -> RateLimitExceededError:

@@ -53,7 +53,8 @@ class RateLimitResult:
 
     Attributes:
         allowed: whether the request may go on.
-        limit: units per window; slots, where it is about concurrency.
+        limit: units that there are when none is used: the burst, or those of a window; slots, where it is
+            about concurrency.
         remaining: units (or slots) left.
         reset_in: seconds until all is available again; for a refused request, until it may be tried
             again. 0 where nobody can know, as with slots that others hold.
@@ -89,9 +90,9 @@ def policies_of(config: LimiterReadOnlyConfig) -> tuple[Policy, ...]:
     announced is never more than what is granted.
     """
     found = []
-    if config.limit is not None and config.window_seconds is not None:
+    if config.algorithm != "token_bucket" and config.limit is not None and config.window_seconds is not None:
         found.append(Policy(config.id, config.limit, max(1, math.ceil(config.window_seconds))))
-    elif config.rate_per_second is not None:
+    elif config.algorithm == "token_bucket" and config.rate_per_second is not None:
         if config.burst >= config.rate_per_second:
             window = max(1, math.ceil(config.burst / config.rate_per_second - 1e-9))
             found.append(Policy(config.id, config.burst, window))
