@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 from ratesync._engine import Permit, log
@@ -73,7 +74,8 @@ def check_multi_limiters(
         timeout: seconds to wait at most; 0 tries once. Without effect when only looking.
 
     Returns:
-        A `MultiLimiterResult`; its `results` are in the order of the names.
+        A `MultiLimiterResult`; its `results` are in the order of the names, and `reset_in` of a refusal is
+        the longest of those that refused.
 
     Raises:
         LimiterNotFoundError: one of the names is not configured; nothing was charged.
@@ -102,7 +104,12 @@ def check_multi_limiters(
             looked.append(result)
         results = looked
     answers = dict(zip(requests, results, strict=True))
-    return MultiLimiterResult.from_results([answers[name] for name in limiter_ids])
+    combined = MultiLimiterResult.from_results([answers[name] for name in limiter_ids])
+    if combined.allowed:
+        return combined
+    # When the others are full again does not matter to who wants to try again.
+    waits = [result.reset_in for result in combined.results if not result.allowed]
+    return replace(combined, reset_in=max(waits))
 
 
 # One limiter --------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 from ratesync import _engine
 from ratesync._pending import Pending, script
-from ratesync.errors import nearest
+from ratesync.errors import ConfigValidationError, nearest
 from ratesync.limits import StoreLimiter, core_parameters
 from ratesync.stores import Store
 
@@ -159,4 +159,10 @@ def _limiter_options(given: Mapping[str, Any], where: str) -> LimiterOptions:
         fail(where, "rate_per_second", "and limit with window_seconds exclude each other; give one of them")
     if fields.get("algorithm") is None:
         fields["algorithm"] = "sliding_window" if windows else "token_bucket"
-    return build_limiter(fields, where)
+    try:
+        return build_limiter(fields, where)
+    except ConfigValidationError as error:
+        if error.field == "timeout":  # the caller knows it by another name
+            error.field = "default_timeout"
+            error.args = (str(error).replace(" timeout ", " default_timeout ", 1),)
+        raise

@@ -1,0 +1,138 @@
+"""Limiters constructed directly, on real servers: one pool for equal options, one state for equal names."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+import ratesync
+from ratesync import PostgresRateLimiter, RateLimiter
+from ratesync.engines import limiter_class
+from ratesync.schemas import PostgresEngineConfig
+from ratesync.testing import reset_limiter
+
+
+@pytest.fixture(params=["postgres"])
+def make(request: pytest.FixtureRequest) -> Any:
+    """Makes a limiter of one engine with its own keywords."""
+    if request.param == "postgres":
+        url = request.getfixturevalue("ratesync_postgres_url")
+        return lambda group, **fields: PostgresRateLimiter(url, group, auto_create=True, **fields)
+    raise AssertionError(request.param)
+
+
+async def test_two_objects_of_one_name_share_the_limit_and_other_names_do_not(make: Any) -> None:
+    first, second = (make("api", rate_per_second=0.01, burst=2) for _ in range(2))
+    other = make("other", rate_per_second=0.01)
+    assert isinstance(first, RateLimiter)
+    await first.initialize()
+    assert first.is_initialized
+    assert [await first.try_acquire(), await second.try_acquire(), await first.try_acquire()] == [
+        True,
+        True,
+        False,
+    ]
+    assert await other.try_acquire()
+    state = await second.get_state()
+    assert (state.allowed, state.remaining) == (False, 0)
+    await reset_limiter(first)
+    assert await second.try_acquire()
+
+
+async def test_slots_are_shared_and_given_back(make: Any) -> None:
+    first, second = (make("slots", max_concurrent=1) for _ in range(2))
+    async with first.acquire_context(timeout=5):
+        assert not await second.try_acquire()
+        assert (await second.get_state()).current_usage == 1
+    assert await second.try_acquire(timeout=5)
+    await second.release()
+
+
+async def test_it_limits_a_function_and_threads(make: Any) -> None:
+    limiter = make("calls", rate_per_second=0.01, burst=2)
+
+    @ratesync.rate_limited(limiter, timeout=0, mode="try")
+    def work() -> bool:
+        return True
+
+    assert [await asyncio.to_thread(work) for _ in range(3)] == [True, True, None]
+
+
+async def test_a_disconnected_limiter_connects_again(make: Any) -> None:
+    limiter = make("api", rate_per_second=1000.0, burst=10)
+    assert await limiter.try_acquire()
+    await limiter.disconnect()
+    assert not limiter.is_initialized
+    with pytest.raises(ratesync.StoreClosedError):
+        await limiter.acquire()
+    await limiter.initialize()
+    assert await limiter.try_acquire()
+
+
+async def test_the_registry_makes_the_class_of_the_engine(ratesync_postgres_url: str) -> None:
+    ratesync.configure_store("db", "postgres", url=ratesync_postgres_url, auto_create=True)
+    ratesync.configure_limiter("api", "db", rate_per_second=0.01)
+    limiter = ratesync.get_limiter("api")
+    assert type(limiter) is PostgresRateLimiter is limiter_class("postgres", "token_bucket")
+    assert await limiter.try_acquire()
+    direct = PostgresRateLimiter(ratesync_postgres_url, "api", rate_per_second=0.01)
+    assert not await direct.try_acquire(), "the same name in the same table"
+
+
+async def test_a_config_record_makes_a_limiter(ratesync_postgres_url: str) -> None:
+    config = PostgresEngineConfig(url=ratesync_postgres_url, auto_create=True, table_name="Other Limits")
+    limiter = PostgresRateLimiter.from_config(config, group_id="api", rate_per_second=0.01)
+    assert [await limiter.try_acquire(), await limiter.try_acquire()] == [True, False]
+
+
+async def test_twenty_limiters_and_tenants_open_one_pool(
+    ratesync_postgres_url: str, ratesync_asyncpg: Any
+) -> None:
+    limiters = [
+        PostgresRateLimiter(
+            ratesync_postgres_url, f"tenant-{i}", rate_per_second=1e5, auto_create=True, pool_max_size=3
+        )
+        for i in range(20)
+    ]
+    ratesync.configure_store("db", "postgres", url=ratesync_postgres_url, auto_create=True, pool_max_size=3)
+    ratesync.configure_limiter("tenant", "db", rate_per_second=1e5)
+    clones = [await ratesync.get_or_clone_limiter("tenant", str(i)) for i in range(20)]
+    await asyncio.gather(*(limiter.acquire() for limiter in [*limiters, *clones] for _ in range(5)))
+    count = await ratesync_asyncpg.fetchval(
+        "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'ratesync%' "
+        "AND datname = current_database()"
+    )
+    assert count <= 2 * 3
+
+
+async def test_checks_tell_the_true_numbers_of_a_server(ratesync_postgres_url: str) -> None:
+    ratesync.configure_store("db", "postgres", url=ratesync_postgres_url, auto_create=True)
+    ratesync.configure_limiter("user", "db", rate_per_second=0.01, burst=3)
+    ratesync.configure_limiter("ip", "db", rate_per_second=0.01, burst=2, max_concurrent=1)
+    for _ in range(3):
+        looked = await ratesync.check_limiter("user", acquire_if_allowed=False)
+        assert (looked.allowed, looked.limit, looked.remaining) == (True, 3, 3)
+    for left in (1, 0):
+        result = await ratesync.check_multi_limiters(["user", "ip"])
+        assert (result.allowed, result.limit, result.remaining) == (True, 2, left)
+        assert 0 < result.reset_in <= 200
+    refused = await ratesync.check_multi_limiters(["user", "ip"])
+    assert (refused.allowed, refused.blocking_limiter_id) == (False, "ip")
+    assert 90 < refused.reset_in <= 100
+    assert (await ratesync.check_limiter("user", acquire_if_allowed=False)).remaining == 1
+    assert (await ratesync.get_limiter("ip").peek()).in_use == 0
+
+
+async def test_many_checks_of_several_limits_at_once_charge_all_or_nothing(
+    ratesync_postgres_url: str,
+) -> None:
+    ratesync.configure_store("db", "postgres", url=ratesync_postgres_url, auto_create=True)
+    ratesync.configure_limiter("a", "db", rate_per_second=0.001, burst=7)
+    ratesync.configure_limiter("b", "db", rate_per_second=0.001, burst=9)
+    await ratesync.initialize_all_limiters()
+    results = await asyncio.gather(*(ratesync.check_multi_limiters(["a", "b"]) for _ in range(40)))
+    granted = sum(result.allowed for result in results)
+    assert granted <= 7
+    assert 9 - (await ratesync.get_limiter("b").peek()).remaining == granted
