@@ -41,7 +41,7 @@ TEST_F(RedisConnectionTest, EveryKindOfReplyComesThrough) {
 
 TEST_F(RedisConnectionTest, BytesOfAnyKindAndSizeSurvive) {
   auto c = connection(options(shared_server().port()));
-  std::string hostile("\0\r\n$5\r\n*1\r\n\xff", 14);
+  const std::string hostile("\0\r\n$5\r\n*1\r\n\xff", 12);
   std::string big(3'000'000, 'x');
   big[1'000'000] = '\0';
   EXPECT_EQ(text(send(*c, {"SET", hostile, hostile})), "OK");

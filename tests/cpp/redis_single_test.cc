@@ -119,6 +119,35 @@ TEST_F(RedisSingleTest, ErrorsOfTheServerSayTheCure) {
   EXPECT_EQ(integer(eval(*admin, s, "n", "1")), 1);
 }
 
+TEST_F(RedisSingleTest, TheRightsThatTheManualNamesSuffice) {
+  RedisServer server({"--user", "app", "on", ">pw", "~limits*", "&limits*", "+@all", "-@admin", "-@dangerous",
+                      "+info", "+role"});
+  auto c = commander("redis://app:pw@127.0.0.1:" + std::to_string(server.port()));
+  auto admin = commander(server.url());
+  const Script s = increment(*admin);
+  EXPECT_EQ(integer(eval(*c, s, "limits:n", "3")), 3) << "with its load";
+  c->subscribe("limits:freed", [](std::string_view) {});
+  ASSERT_TRUE(wait_until([&] { return c->subscribed(); }));
+  EXPECT_EQ(call(*c, {"PUBLISH", "limits:freed", "x"}).value().integer, 1);
+  EXPECT_TRUE(call(*c, {"INFO"}).ok());
+  EXPECT_TRUE(call(*c, {"SCAN", "0"}).ok());
+  EXPECT_EQ(call(*c, {"GET", "elsewhere"}).status().sqlstate, "NOPERM");
+}
+
+// A channel that may not be heard is asked for again now and then, not in a busy loop.
+TEST_F(RedisSingleTest, AForbiddenChannelIsNoBusyLoop) {
+  RedisServer server({"--user", "few", "on", ">pw", "~*", "resetchannels", "+@all"});
+  auto c = commander("redis://few:pw@127.0.0.1:" + std::to_string(server.port()));
+  c->subscribe("one", [](std::string_view) {});
+  auto admin = commander(server.url());
+  ASSERT_TRUE(wait_until([&] { return calls_of(*admin, "role") >= 3; }));
+  EXPECT_FALSE(c->subscribed());
+  EXPECT_EQ(text(call(*c, {"PING"})), "PONG");
+  ASSERT_EQ(text(call(*admin, {"ACL", "SETUSER", "few", "&*"})), "OK");
+  ASSERT_TRUE(wait_until([&] { return c->subscribed(); })) << "and it recovers";
+  EXPECT_LT(calls_of(*admin, "role"), 60);
+}
+
 TEST_F(RedisSingleTest, ADemotedPrimaryIsLeftAndFoundAgainWhenPromoted) {
   RedisServer server, other;
   auto c = commander(server.url());

@@ -89,7 +89,7 @@ class NetStream final : public Stream {
   Nanos deadline_ = kForever;
   std::uint64_t step_ = 0;  // of connecting: answers of an earlier one are stale
   const char* doing_ = "";
-  Status failure_;  // of the latest address
+  Status failure_;  // the most telling of the addresses tried
   Done connected_;
   bool closed_ = false;
 };
@@ -190,7 +190,8 @@ void NetStream::arm(Nanos deadline) {
 
 void NetStream::attempt_failed(Status status) {
   ++step_;
-  failure_ = std::move(status);
+  // A server that answered and was not to our liking tells more than an address where nobody is.
+  if (failure_.code != Code::server) failure_ = std::move(status);
   asio::error_code ignored;
   link_->socket.close(ignored);
   next_address();

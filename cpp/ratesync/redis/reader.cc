@@ -7,8 +7,8 @@
 namespace ratesync::redis {
 namespace {
 
-// Our largest question (SCAN, CLUSTER SLOTS) is answered with a few thousand elements.
-constexpr int kMaxElements = 1 << 20;
+// Our largest question (SCAN, CLUSTER SLOTS) is answered with thousands of elements at most.
+constexpr int kMaxElements = 1 << 18;
 
 // Arrays are sized when their header arrives, so an element's place does not move.
 Reply* place(const redisReadTask* task) {
