@@ -18,10 +18,9 @@ import inspect
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast, overload
 
-from ratesync import registry
+from ratesync import _engine, registry
 from ratesync.core import RateLimiter
 from ratesync.errors import ConfigValidationError, RateLimiterAcquisitionError
-from ratesync.limits import StoreLimiter
 
 __all__ = ["get_limiter", "rate_limited"]
 
@@ -193,35 +192,48 @@ class _Source:
 
 
 def _context(found: object, timeout: float | None, name: str) -> Any:
-    """What is entered around the call."""
-    limiter = get_limiter(found) if isinstance(found, str) else found
-    context = getattr(limiter, "acquire_context", None)
-    if context is None:
+    """What is entered around the call, when it can be had without asking; None when it has to be prepared."""
+    if isinstance(found, str):
+        if get_limiter is registry.get_limiter:
+            return _engine.acquire(found, timeout=timeout)
+    elif isinstance(found, _engine.Limiter):
+        return found.acquire_context(timeout)
+    elif not hasattr(found, "acquire_context"):
         raise TypeError(
             f"the limiter factory of {name}() returned {type(found).__name__}: it has to return the id of a "
             "limiter, or a limiter"
         )
-    if timeout is None and not isinstance(limiter, StoreLimiter):
-        timeout = limiter.default_timeout  # type: ignore[attr-defined]
-    return limiter, context(timeout=timeout)
+    return None
 
 
-async def _enter_async(found: object, timeout: float | None, name: str) -> Any:
+def _context_of_another(found: Any, timeout: float | None) -> tuple[Any, Any]:
+    """A limiter that is not ours, or not looked up by us, and its context."""
+    limiter = get_limiter(found) if isinstance(found, str) else found
+    ours = isinstance(limiter, _engine.Limiter)
+    return limiter, limiter.acquire_context(
+        timeout=limiter.default_timeout if timeout is None and not ours else timeout
+    )
+
+
+async def _prepare(found: Any, timeout: float | None, name: str) -> Any:
     if inspect.isawaitable(found) and not hasattr(found, "acquire_context"):
         found = await found
-    limiter, context = _context(found, timeout, name)
-    # Ours connect by themselves, and within the policy for outages.
-    if not isinstance(limiter, StoreLimiter) and not limiter.is_initialized:
-        await limiter.initialize()
+    context = _context(found, timeout, name)
+    if context is None:
+        limiter, context = _context_of_another(found, timeout)
+        # Ours connect by themselves, and within the policy for outages.
+        if not isinstance(limiter, _engine.Limiter) and not limiter.is_initialized:
+            await limiter.initialize()
     return context
 
 
-def _enter(found: object, timeout: float | None, name: str) -> Any:
-    if inspect.isawaitable(found) and not hasattr(found, "acquire_context"):
+def _enter(found: Any, timeout: float | None, name: str) -> Any:
+    if not isinstance(found, str) and inspect.isawaitable(found) and not hasattr(found, "acquire_context"):
         if inspect.iscoroutine(found):
             found.close()
         raise TypeError(_MIXED.format(name))
-    return _context(found, timeout, name)[1]
+    context = _context(found, timeout, name)
+    return context if context is not None else _context_of_another(found, timeout)[1]
 
 
 class _Blocked:
@@ -297,7 +309,11 @@ def _coroutine_function(function: Any, source: _Source, timeout: float | None, g
     async def call(*args: Any, **kwargs: Any) -> Any:
         entered = False
         try:
-            async with await _enter_async(source(args, kwargs), timeout, name):
+            found = source.fixed
+            context = None if found is None else _context(found, timeout, name)
+            if context is None:
+                context = await _prepare(source(args, kwargs), timeout, name)
+            async with context:
                 entered = True
                 return await function(*args, **kwargs)
         except RateLimiterAcquisitionError:
@@ -339,7 +355,7 @@ def _async_generator(function: Any, source: _Source, timeout: float | None) -> A
     name = _name(function)
 
     async def call(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
-        async with await _enter_async(source(args, kwargs), timeout, name):
+        async with await _prepare(source(args, kwargs), timeout, name):
             items = cast("AsyncGenerator[Any, Any]", function(*args, **kwargs))
             try:
                 item = await anext(items)
