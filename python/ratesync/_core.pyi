@@ -1,7 +1,7 @@
 """The compiled engine. Only `ratesync._engine` imports this module."""
 
 from collections.abc import Callable, Generator
-from typing import Any, Generic, TypeVar, final
+from typing import Any, Generic, TypeVar, final, overload
 
 T = TypeVar("T")
 
@@ -106,12 +106,25 @@ class Permit:
     def __enter__(self) -> Permit: ...
     def __exit__(self, *exc: object) -> None: ...
 
+@overload
 def acquire(
     limiter_id: str, timeout: float | None = None, *, cost: int = 1, key: str | None = None
 ) -> Permit: ...
+@overload
+def acquire(limiter_id: str, /, *more: str, timeout: float | None = None, cost: int = 1) -> Permit: ...
+@overload
+def acquire(first: str, second: str, timeout: float | None, /, *, cost: int = 1) -> Permit: ...
+@overload
+def acquire(first: str, second: str, third: str, timeout: float | None, /, *, cost: int = 1) -> Permit: ...
+@overload
+def acquire(
+    first: str, second: str, third: str, fourth: str, timeout: float | None, /, *, cost: int = 1
+) -> Permit: ...
+def attempt(permit: Permit, /) -> Pending[bool]: ...  # starts the permit's acquisition; slots stay bare
 def set_hooks(
     *,
-    resolve: Callable[[str], Limiter],  # name -> limiter; raises LimiterNotFoundError
+    # name -> limiter, or (limiter, key) for `name:key`; raises LimiterNotFoundError
+    resolve: Callable[[str], Limiter | tuple[Limiter, str]],
     status_error: Callable[[str, str, str, str], BaseException],  # code, message, sqlstate, store id
     denied_error: Callable[[str, str, float], BaseException],  # group, rate|concurrency|outage: text, seconds
     invalid_error: Callable[[str, str, str, str], BaseException],  # message, field, expected, received

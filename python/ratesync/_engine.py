@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable
 
 from ratesync import _core, errors
-from ratesync._core import HAS_POSTGRES, Engine, Limiter, Permit, acquire, bound_limiters
+from ratesync._core import HAS_POSTGRES, Engine, Limiter, Permit, acquire, attempt, bound_limiters
 from ratesync._core import Store as CoreStore
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Limiter",
     "Permit",
     "acquire",
+    "attempt",
     "bound_limiters",
     "default_engine",
     "install",
@@ -85,7 +86,7 @@ def shutdown() -> None:
         engine.shutdown()  # outside the lock: it waits for the I/O thread
 
 
-def install(resolve: Callable[[str], Limiter]) -> None:
+def install(resolve: Callable[[str], Limiter | tuple[Limiter, str]]) -> None:
     """Connects the core with the registry (`resolve`) and with the exceptions."""
     _core.set_hooks(
         resolve=resolve,

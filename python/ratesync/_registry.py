@@ -145,6 +145,21 @@ class RateLimiterRegistry:
             _engine.bound_limiters()[limiter_id] = limiter
             return limiter
 
+    def find(self, name: str) -> StoreLimiter | tuple[StoreLimiter, str]:
+        """The limiter of that name, or, for `base:key` that is not configured itself, the base and the key.
+
+        Nothing is registered per key: the key's state is that of `acquire(base, key=key)`.
+        """
+        base, _, key = name.partition(":")
+        with _engine.lock:
+            if not (base and key) or name in self._limiters:
+                return self.limiter(name)
+            if base not in self._limiters:
+                self.discover()
+            if name in self._limiters or base not in self._limiters:
+                return self.limiter(name)
+            return self.limiter(base), key
+
     def store(self, store_id: str) -> Store:
         import msgspec
 
@@ -203,4 +218,4 @@ class RateLimiterRegistry:
 
 _registry = RateLimiterRegistry()
 _engine.on_drop(_registry.forget_engine)
-_engine.install(_registry.limiter)
+_engine.install(_registry.find)

@@ -240,24 +240,41 @@ def get_store(store_id: str) -> Store:
 
 
 def try_acquire(
-    limiter_id: str, timeout: float = 0, *, cost: int = 1, key: str | None = None
+    limiter_id: str,
+    *more: str | float | None,
+    timeout: float | None = 0,
+    cost: int = 1,
+    key: str | None = None,
 ) -> Pending[bool]:
-    """Whether an acquisition was granted; await it, or `.wait()` for it.
+    """Whether an acquisition of one limit, or of several at once, was granted; await it, or `.wait()` for it.
 
     Args:
-        limiter_id: name of the limiter.
-        timeout: seconds to wait at most; the default 0 tries once.
+        limiter_id: name of the limiter, or `name:key`.
+        *more: further names, all or nothing with the first; a number or None at the end is the timeout.
+        timeout: seconds to wait at most; the default 0 tries once, None takes the limiter's default.
         cost: units to take, at least 1.
-        key: acquire from this key's own limit, same parameters.
+        key: acquire from this key's own limit, same parameters. For one limiter only.
 
     With `max_concurrent` a granted slot is held until `get_limiter(limiter_id).release()`.
 
+    Raises:
+        LimiterNotFoundError: no such limiter.
+        ConfigValidationError: a bad argument, or a limit named twice.
+        StoreError: the store failed and `fail_closed` is on.
+
     Example:
         >>> configure_limiter("try-doc", rate_per_second=1.0)
-        >>> try_acquire("try-doc").wait(), try_acquire("try-doc").wait()
+        >>> configure_limiter("try-doc-all", rate_per_second=1.0, burst=5)
+        >>> try_acquire("try-doc", "try-doc-all").wait(), try_acquire("try-doc", "try-doc-all").wait()
         (True, False)
+        >>> [try_acquire("try-doc-all").wait() for _ in range(5)]  # the refusal took nothing
+        [True, True, True, True, False]
     """
-    return _registry.limiter(limiter_id).try_acquire(timeout, cost=cost, key=key)
+    if more and not isinstance(more[-1], str):
+        *more, timeout = more  # type: ignore[assignment]
+    return _engine.attempt(
+        _engine.acquire(limiter_id, *more, timeout=timeout, cost=cost, key=key)  # type: ignore[call-overload]
+    )
 
 
 @script

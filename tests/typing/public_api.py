@@ -13,6 +13,10 @@ async def in_asyncio() -> None:
         assert_type(permit.waited, float)
         assert_type(permit.lost, bool)
     assert_type(await ratesync.acquire("api"), ratesync.Permit)
+    async with ratesync.acquire("global", "tenant:7", "upload", timeout=30, cost=2) as permit:
+        assert_type(permit, ratesync.Permit)
+    assert_type(await ratesync.acquire("global", "tenant:7", 2.5), ratesync.Permit)
+    assert_type(await ratesync.try_acquire("global", "tenant:7", 1.5), bool)
     assert_type(await ratesync.try_acquire("api", 1.5, key="k"), bool)
     limiter = await ratesync.get_or_clone_limiter("api", "tenant")
     assert_type(limiter, ratesync.RateLimiter)
@@ -53,7 +57,8 @@ def uses() -> None:
 
 
 def mistakes() -> None:
-    ratesync.acquire("api", 1, 2)  # type: ignore[call-arg]
+    ratesync.acquire("api", 1, 2)  # type: ignore[call-overload]
+    ratesync.acquire("api", "global", key="7")  # type: ignore[call-overload]
     ratesync.configure_limiter("api", rate_per_second="1")  # type: ignore[arg-type]
     ratesync.get_limiter("api").rate_per_second = 5  # type: ignore[misc]
     ratesync.try_acquire("api", key=5)  # type: ignore[arg-type]

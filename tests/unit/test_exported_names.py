@@ -9,7 +9,7 @@ import pytest
 import ratesync
 
 FUNCTIONS = {
-    "acquire": "(limiter_id, timeout=None, *, cost=1, key=None)",
+    "acquire": "(limiter_id, *more, timeout=None, cost=1, key=None)",
     "check_limiter": None,
     "check_multi_limiters": None,
     "clone_limiter": "(source_id: 'str', new_id: 'str', *, rate_per_second: 'float | None' = None, "
@@ -42,8 +42,8 @@ FUNCTIONS = {
     "rate_limited": "(limiter_or_factory: 'Limited | Factory', *, timeout: 'float | None' = None, "
     "mode: \"Literal['wait', 'try']\" = 'wait') -> 'Any'",
     "shutdown": "() -> 'None'",
-    "try_acquire": "(limiter_id: 'str', timeout: 'float' = 0, *, cost: 'int' = 1, key: 'str | None' = None)"
-    " -> 'Pending[bool]'",
+    "try_acquire": "(limiter_id: 'str', *more: 'str | float | None', timeout: 'float | None' = 0, "
+    "cost: 'int' = 1, key: 'str | None' = None) -> 'Pending[bool]'",
 }
 CLASSES = {
     "CompositeLimitCheck",

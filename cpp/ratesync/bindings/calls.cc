@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "ratesync/bindings/convert.h"
+#include "ratesync/bindings/permit.h"
 
 namespace py = pybind11;
 
@@ -32,15 +33,20 @@ PyObject* acquire_call(PyObject* self, PyObject* const* args, Py_ssize_t nargs, 
   PyObject* made = make_permit(reinterpret_cast<LimiterObject*>(self), args, 1, names, "acquire");
   Py_DECREF(names);
   if (!made) return nullptr;
-  auto permit = std::make_shared<Keep>(made);
-  Py_DECREF(made);
   reinterpret_cast<PermitObject*>(made)->bare = true;
+  PyObject* pending = make_attempt(made, mode);
+  Py_DECREF(made);
+  return pending;
+}
+
+}  // namespace
+
+PyObject* make_attempt(PyObject* object, Mode mode) {
+  auto permit = std::make_shared<Keep>(object);
   return make_pending(
       [permit, mode] { return begin_async(reinterpret_cast<PermitObject*>(permit->get()), mode); },
       [permit, mode] { return run_sync(reinterpret_cast<PermitObject*>(permit->get()), mode); });
 }
-
-}  // namespace
 
 engine::Completion* wait_sync(engine::Engine& engine, engine::Completion* completion,
                               const std::shared_ptr<engine::SyncTarget>& target, bool cancellable) {
@@ -52,7 +58,7 @@ engine::Completion* wait_sync(engine::Engine& engine, engine::Completion* comple
     PyErr_Fetch(&type, &value, &trace);
     if (cancellable) {
       completion->ref();
-      if (!engine.submit(engine::CancelTask{static_cast<engine::AcquireTask*>(completion)}))
+      if (!engine.submit(engine::CancelTask{static_cast<engine::Acquisition*>(completion)}))
         completion->unref();
     }
     if (engine::Completion* unwanted = target->give_up()) {
@@ -97,6 +103,7 @@ PyObject* limiter_reset(PyObject* self, PyObject* key) {
 
 PyObject* settle_method(PyObject* self, PyObject* actual_cost) {
   auto* permit = reinterpret_cast<PermitObject*>(self);
+  if (permit->parts) return settle_all(permit, actual_cost);
   LimiterImpl* impl = live(permit->limiter);
   if (!impl) return nullptr;
   const bool whole = PyLong_Check(actual_cost) && !PyBool_Check(actual_cost);

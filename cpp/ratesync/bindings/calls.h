@@ -39,6 +39,9 @@ class PendingCall {
 engine::Completion* wait_sync(engine::Engine& engine, engine::Completion* completion,
                               const std::shared_ptr<engine::SyncTarget>& target, bool cancellable);
 
+// A Pending that starts the permit's acquisition.
+PyObject* make_attempt(PyObject* permit, Mode mode);
+
 LimiterImpl* make_limiter_impl(PyObject* args, PyObject* kwargs);
 // (timeout) then cost=, key= by keyword. Null with an exception set.
 PyObject* make_permit(LimiterObject* limiter, PyObject* const* args, Py_ssize_t nargs, PyObject* kwnames,

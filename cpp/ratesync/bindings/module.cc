@@ -196,6 +196,9 @@ void set_hook(PyObject*& slot, const py::object& hook) {
 PyMethodDef kAcquire = {"acquire", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(acquire_function)),
                         METH_FASTCALL | METH_KEYWORDS, kAcquireDoc};
 
+PyMethodDef kAttempt = {"attempt", attempt_function, METH_O,
+                        "attempt(permit)\n--\n\nWhether the permit is granted, as a Pending."};
+
 void after_fork_in_child() {
   for (engine::Engine* engine : engines()) engine->abandon_after_fork();
   engines().clear();
@@ -334,6 +337,8 @@ PYBIND11_MODULE(_core, module) {
 
   module.add_object("acquire", py::reinterpret_steal<py::object>(PyCFunction_NewEx(
                                    &kAcquire, module.ptr(), py::str("ratesync").release().ptr())));
+  module.add_object("attempt", py::reinterpret_steal<py::object>(PyCFunction_NewEx(
+                                   &kAttempt, module.ptr(), py::str("ratesync").release().ptr())));
   module.def("bound_limiters", [] { return py::reinterpret_borrow<py::dict>(state().bound); });
   module.def("forked", [] { return g_generation.load() != 0; });
   module.def(

@@ -86,6 +86,8 @@ struct LimiterObject {
 
 enum class Phase : std::uint8_t { idle, pending, granted };
 
+struct PermitParts;  // permit.h
+
 // An acquisition: context manager, awaitable and permit in one object.
 struct PermitObject {
   PyObject_HEAD LimiterObject* limiter;
@@ -102,6 +104,7 @@ struct PermitObject {
   bool passed_open;  // the store was out and did not decide
   SlotRef slot;
   store::GroupRef group;  // of the key; null: the limiter's
+  PermitParts* parts;     // of several limits; null: of one. `limiter` is the first of them
 };
 
 class LoopState;
@@ -138,9 +141,12 @@ PermitObject* new_permit(LimiterObject* limiter, Nanos timeout, std::int64_t cos
 PyObject* begin_async(PermitObject* permit, Mode mode);
 PyObject* run_sync(PermitObject* permit, Mode mode);
 // Fills the permit from a delivered task, or raises. Consumes nothing.
-PyObject* finish_acquire(PermitObject* permit, engine::AcquireTask& task, Mode mode, bool async);
+PyObject* finish_acquire(PermitObject* permit, engine::Acquisition& task, Mode mode, bool async);
 void release_slot(LimiterImpl& impl, Slot& slot);
+
+// acquire.cc
 PyObject* acquire_function(PyObject* module, PyObject* const* args, Py_ssize_t nargs, PyObject* kwnames);
+PyObject* attempt_function(PyObject* module, PyObject* permit);
 extern const char kAcquireDoc[];
 
 // waiter.cc

@@ -1,6 +1,8 @@
 // Permit: one acquisition as context manager, awaitable and permit in one object; and acquire(),
 // which makes it. What needs no waiting on the memory store is decided here, on the calling
 // thread, without touching the event loop.
+#include "ratesync/bindings/permit.h"
+
 #include <algorithm>
 
 #include "ratesync/bindings/calls.h"
@@ -24,12 +26,14 @@ const store::GroupRef& group_of(const PermitObject* permit, const LimiterImpl& i
   return permit->group ? permit->group : impl.core->group;
 }
 
+}  // namespace
+
 bool check_startable(PermitObject* permit) {
   if (permit->phase == Phase::pending) {
     PyErr_SetString(PyExc_RuntimeError, "this acquire() is already under way: call acquire() once per use");
     return false;
   }
-  if (permit->slot && permit->slot->held) {
+  if ((permit->slot && permit->slot->held) || (permit->parts && any_held(*permit->parts))) {
     PyErr_SetString(PyExc_RuntimeError,
                     "this permit is still held: release it first, or call acquire() once per use");
     return false;
@@ -51,23 +55,25 @@ PyObject* raise_denied(const LimiterImpl& impl, const std::string& group, const 
   return nullptr;
 }
 
-void hold_slot(PermitObject* permit, LimiterImpl& impl, engine::PermitRef engine_permit,
-               store::HolderId holder) {
+SlotRef hold_slot(LimiterImpl& impl, const store::GroupRef& group, engine::PermitRef engine_permit,
+                  store::HolderId holder, bool bare) {
   auto slot = std::make_shared<Slot>();
   slot->limiter = impl.core;
-  slot->group = group_of(permit, impl);
+  slot->group = group;
   slot->permit = std::move(engine_permit);
   slot->holder = holder;
   slot->generation = impl.generation;
-  permit->slot = slot;
-  if (!permit->bare) return;
+  if (!bare) return slot;
   if (impl.bare.size() >= impl.bare_sweep_at) {
     std::erase_if(impl.bare,
                   [](const SlotRef& other) { return !other->held.load(std::memory_order_relaxed); });
     impl.bare_sweep_at = std::max<std::size_t>(64, 2 * impl.bare.size());
   }
-  impl.bare.push_back(std::move(slot));
+  impl.bare.push_back(slot);
+  return slot;
 }
+
+namespace {
 
 // Only a Permit that the caller holds keeps its slot; in the other forms the object is a means, and
 // the slot stays with the limiter: with the task that entered it, or with the bare acquires.
@@ -97,7 +103,7 @@ bool quick(PermitObject* permit, LimiterImpl& impl, memory::QuickReply* reply) {
     permit->remaining = permit->full_after = -1;
     permit->passed_open = false;
     if (params.has_concurrency()) {
-      hold_slot(permit, impl, nullptr, reply->holder);
+      permit->slot = hold_slot(impl, group_of(permit, impl), nullptr, reply->holder, permit->bare);
       counters.held.fetch_add(1, std::memory_order_relaxed);
     }
     return true;
@@ -123,6 +129,8 @@ AcquireTask* new_task(PermitObject* permit, const LimiterImpl& impl) {
   return task;
 }
 
+}  // namespace
+
 PyObject* raise_closed(const LimiterImpl& impl) {
   return raise_not_taken(
       *impl.engine, impl.store_id,
@@ -130,8 +138,6 @@ PyObject* raise_closed(const LimiterImpl& impl) {
           "' belongs to an engine that was shut down: get it again with get_limiter() after "
           "configuring its store");
 }
-
-}  // namespace
 
 PermitObject* new_permit(LimiterObject* limiter, Nanos timeout, std::int64_t cost, PyObject* key) {
   PyTypeObject* type = state().permit_type;
@@ -148,12 +154,14 @@ PermitObject* new_permit(LimiterObject* limiter, Nanos timeout, std::int64_t cos
   permit->phase = Phase::idle;
   permit->full_after = -1;
   permit->ready = permit->bare = permit->entered = permit->passed_open = false;
+  permit->parts = nullptr;
   new (&permit->slot) SlotRef();
   new (&permit->group) store::GroupRef();
   return permit;
 }
 
 PyObject* begin_async(PermitObject* permit, Mode mode) {
+  if (permit->parts) return begin_all(permit, mode, true);
   LimiterImpl* impl = live(permit->limiter);
   if (!impl || !check_startable(permit)) return nullptr;
   memory::QuickReply reply;
@@ -175,11 +183,16 @@ PyObject* begin_async(PermitObject* permit, Mode mode) {
     }
     return refused_quickly(permit, *impl, reply);
   }
+  return submit_async(permit, *impl, new_task(permit, *impl), mode);
+}
+
+PyObject* submit_async(PermitObject* permit, const LimiterImpl& impl, engine::Acquisition* task, Mode mode) {
   std::shared_ptr<LoopState> loop = running_loop_state();
-  if (!loop) return nullptr;
-  WaiterObject* waiter = new_waiter(impl->engine, loop);
-  if (!waiter) return nullptr;
-  AcquireTask* task = new_task(permit, *impl);
+  WaiterObject* waiter = loop ? new_waiter(impl.engine, loop) : nullptr;
+  if (!waiter) {
+    task->unref();
+    return nullptr;
+  }
   task->ref();  // one for the engine and its queue, one for the waiter
   task->target = loop->target;
   task->cookie = waiter;
@@ -188,18 +201,19 @@ PyObject* begin_async(PermitObject* permit, Mode mode) {
   Py_INCREF(object_of(permit));
   waiter->permit = permit;
   Py_INCREF(reinterpret_cast<PyObject*>(waiter));  // the queue's
-  if (!impl->engine->submit(engine::StartTask{task})) {
+  if (!impl.engine->submit(engine::StartTask{task})) {
     waiter->state = WaiterObject::State::consumed;
     task->unref();
     Py_DECREF(reinterpret_cast<PyObject*>(waiter));
     Py_DECREF(reinterpret_cast<PyObject*>(waiter));
-    return raise_closed(*impl);
+    return raise_closed(impl);
   }
   permit->phase = Phase::pending;
   return reinterpret_cast<PyObject*>(waiter);
 }
 
 PyObject* run_sync(PermitObject* permit, Mode mode) {
+  if (permit->parts) return begin_all(permit, mode, false);
   LimiterImpl* impl = live(permit->limiter);
   if (!impl || !check_startable(permit)) return nullptr;
   memory::QuickReply reply;
@@ -214,23 +228,28 @@ PyObject* run_sync(PermitObject* permit, Mode mode) {
     if (mode == Mode::boolean) Py_RETURN_FALSE;
     return refused_quickly(permit, *impl, reply);
   }
-  if (in_running_loop()) {
-    PyErr_Format(PyExc_RuntimeError,
-                 "limiter '%s' would have to wait, which would block the running event loop: use `async "
-                 "with` / `await`",
-                 impl->id.c_str());
-    return nullptr;
-  }
+  if (in_running_loop()) return raise_would_block(*impl);
+  return submit_sync(permit, *impl, new_task(permit, *impl), mode);
+}
+
+PyObject* raise_would_block(const LimiterImpl& impl) {
+  PyErr_Format(PyExc_RuntimeError,
+               "limiter '%s' would have to wait, which would block the running event loop: use `async "
+               "with` / `await`",
+               impl.id.c_str());
+  return nullptr;
+}
+
+PyObject* submit_sync(PermitObject* permit, const LimiterImpl& impl, engine::Acquisition* task, Mode mode) {
   auto target = std::make_shared<engine::SyncTarget>();
-  AcquireTask* task = new_task(permit, *impl);
   task->target = target;
-  if (!impl->engine->submit(engine::StartTask{task})) {
+  if (!impl.engine->submit(engine::StartTask{task})) {
     task->unref();
-    return raise_closed(*impl);
+    return raise_closed(impl);
   }
   permit->phase = Phase::pending;
   // The engine may be replaced while the GIL is released: keep ours.
-  const std::shared_ptr<engine::Engine> engine = impl->engine;
+  const std::shared_ptr<engine::Engine> engine = impl.engine;
   engine::Completion* done = wait_sync(*engine, task, target, true);
   permit->phase = Phase::idle;
   if (!done) return nullptr;
@@ -239,7 +258,20 @@ PyObject* run_sync(PermitObject* permit, Mode mode) {
   return result;
 }
 
-PyObject* finish_acquire(PermitObject* permit, AcquireTask& task, Mode mode, bool async) {
+bool report_outage(LimiterImpl& impl, const std::string& message) {
+  const Nanos now = impl.engine->clock().now();
+  if (!state().log || (impl.logged != 0 && now - impl.logged <= 10 * kSecond)) return true;
+  impl.logged = now;
+  const std::string text = "limiter '" + impl.id + "': store '" + impl.store_id +
+                           "' does not answer; calls pass unlimited (fail_closed=False): " + message;
+  PyObject* nothing = PyObject_CallFunction(state().log, "ss#", "warning", text.data(), text.size());
+  Py_XDECREF(nothing);
+  return nothing != nullptr;
+}
+
+PyObject* finish_acquire(PermitObject* permit, engine::Acquisition& acquisition, Mode mode, bool async) {
+  if (permit->parts) return finish_all(permit, static_cast<engine::MultiTask&>(acquisition), mode);
+  auto& task = static_cast<AcquireTask&>(acquisition);
   LimiterImpl& impl = *permit->limiter->impl;
   permit->phase = Phase::idle;
   permit->waited = task.waited;
@@ -248,23 +280,13 @@ PyObject* finish_acquire(PermitObject* permit, AcquireTask& task, Mode mode, boo
       task.full_at < 0 ? -1 : std::max<Nanos>(0, task.full_at - task.submitted - task.waited);
   permit->passed_open = task.outcome == Outcome::passed_open;
   switch (task.outcome) {
-    case Outcome::passed_open: {
-      const Nanos now = impl.engine->clock().now();
-      if (state().log && (impl.logged == 0 || now - impl.logged > 10 * kSecond)) {
-        impl.logged = now;
-        const std::string text =
-            "limiter '" + impl.id + "': store '" + impl.store_id +
-            "' does not answer; calls pass unlimited (fail_closed=False): " + task.status.message;
-        PyObject* nothing = PyObject_CallFunction(state().log, "ss#", "warning", text.data(), text.size());
-        if (!nothing) return nullptr;
-        Py_DECREF(nothing);
-      }
+    case Outcome::passed_open:
+      if (!report_outage(impl, task.status.message)) return nullptr;
       permit->phase = Phase::granted;
       break;
-    }
     case Outcome::granted:
       permit->phase = Phase::granted;
-      if (task.permit) hold_slot(permit, impl, task.permit, 0);
+      if (task.permit) permit->slot = hold_slot(impl, group_of(permit, impl), task.permit, 0, permit->bare);
       break;
     case Outcome::refused:
       if (mode == Mode::boolean) Py_RETURN_FALSE;
@@ -310,6 +332,8 @@ class LateRelease final : public engine::TimerNode {
   memory::MemoryStore* const memory_;
 };
 
+}  // namespace
+
 void release_after_lease(LimiterImpl& impl, const SlotRef& slot) {
   auto* late = new LateRelease(slot, impl.memory);
   const bool taken = impl.engine->submit(engine::Run{[late, slot] {
@@ -318,8 +342,6 @@ void release_after_lease(LimiterImpl& impl, const SlotRef& slot) {
   }});
   if (!taken) delete late;
 }
-
-}  // namespace
 
 void release_slot(LimiterImpl& impl, Slot& slot) {
   if (slot.generation != g_generation.load(std::memory_order_relaxed)) return;  // the parent's
@@ -344,6 +366,7 @@ namespace {
 void let_go(PermitObject* permit) {
   permit->phase = Phase::idle;
   permit->ready = false;
+  if (permit->parts) return let_go_all(permit);
   if (!permit->slot) return;
   const SlotRef slot = std::move(permit->slot);
   permit->slot = nullptr;
@@ -414,11 +437,13 @@ PyObject* permit_repr(PyObject* object) {
   const char* phase = permit->phase == Phase::idle      ? "not held"
                       : permit->phase == Phase::pending ? "waiting"
                                                         : "granted";
-  return PyUnicode_FromFormat("<Permit of '%s': %s>", group_of(permit, impl)->id.c_str(), phase);
+  const std::string id = permit->parts ? joined_ids(*permit->parts) : group_of(permit, impl)->id;
+  return PyUnicode_FromFormat("<Permit of '%s': %s>", id.c_str(), phase);
 }
 
 void permit_dealloc(PyObject* object) {
   PermitObject* permit = self_of(object);
+  if (permit->parts) drop_all(permit);
   if (permit->slot && permit->slot->held &&
       permit->slot->generation == g_generation.load(std::memory_order_relaxed)) {
     PyObject *type, *value, *trace;
@@ -439,6 +464,7 @@ void permit_dealloc(PyObject* object) {
     }
     PyErr_Restore(type, value, trace);
   }
+  delete permit->parts;
   permit->slot.~shared_ptr();
   permit->group.~shared_ptr();
   Py_XDECREF(permit->key);
@@ -455,7 +481,7 @@ PyObject* get_waited(PyObject* object, void*) {
 // The fast path does not compute what is rarely read; the store still knows.
 void ask_memory(PermitObject* permit) {
   LimiterImpl* impl = permit->limiter->impl;
-  if (permit->remaining >= 0 || permit->phase != Phase::granted || !impl->memory ||
+  if (permit->parts || permit->remaining >= 0 || permit->phase != Phase::granted || !impl->memory ||
       impl->generation != g_generation.load(std::memory_order_relaxed))
     return;
   impl->memory->peek(group_of(permit, *impl), [permit](Result<store::Peek> peek) {
@@ -473,6 +499,9 @@ PyObject* get_remaining(PyObject* object, void*) {
 PyObject* get_reset_after(PyObject* object, void*) {
   PermitObject* permit = self_of(object);
   ask_memory(permit);
+  if (permit->parts)
+    return permit->full_after < 0 ? Py_NewRef(Py_None)
+                                  : PyFloat_FromDouble(static_cast<double>(permit->full_after) / 1e9);
   if (permit->full_after < 0 || !permit->limiter->impl->core->group->params.has_rate()) Py_RETURN_NONE;
   return PyFloat_FromDouble(static_cast<double>(permit->full_after) / 1e9);
 }
@@ -481,13 +510,15 @@ PyObject* get_passed_open(PyObject* object, void*) { return PyBool_FromLong(self
 
 PyObject* get_lost(PyObject* object, void*) {
   const PermitObject* permit = self_of(object);
+  if (permit->parts) return PyBool_FromLong(any_lost(*permit->parts));
   return PyBool_FromLong(permit->slot && permit->slot->permit &&
                          permit->slot->permit->lost.load(std::memory_order_acquire));
 }
 
 PyObject* get_limiter_id(PyObject* object, void*) {
   const PermitObject* permit = self_of(object);
-  const std::string& id = group_of(permit, *permit->limiter->impl)->id;
+  const std::string id =
+      permit->parts ? joined_ids(*permit->parts) : group_of(permit, *permit->limiter->impl)->id;
   return PyUnicode_FromStringAndSize(id.data(), static_cast<Py_ssize_t>(id.size()));
 }
 
@@ -549,72 +580,7 @@ PyType_Spec kSpec = {"ratesync._core.Permit", sizeof(PermitObject), 0,
                      Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION | Py_TPFLAGS_IMMUTABLETYPE,
                      kSlots};
 
-LimiterObject* find_limiter(PyObject* name) {
-  if (!PyUnicode_Check(name)) {
-    raise_invalid("the limiter's name must be a string", "limiter_id", "str", name);
-    return nullptr;
-  }
-  PyObject* found = PyDict_GetItemWithError(state().bound, name);
-  if (found) {
-    Py_INCREF(found);
-    return reinterpret_cast<LimiterObject*>(found);
-  }
-  if (PyErr_Occurred()) return nullptr;
-  if (!state().resolve) {
-    PyErr_SetString(PyExc_RuntimeError, "ratesync is not initialised: import ratesync, not ratesync._core");
-    return nullptr;
-  }
-  found = PyObject_CallOneArg(state().resolve, name);
-  if (found && !PyObject_TypeCheck(found, state().limiter_type)) {
-    Py_DECREF(found);
-    PyErr_SetString(PyExc_TypeError, "the resolve hook must return a Limiter");
-    return nullptr;
-  }
-  return reinterpret_cast<LimiterObject*>(found);
-}
-
 }  // namespace
-
-const char kAcquireDoc[] =
-    "acquire(limiter_id, timeout=None, *, cost=1, key=None)\n--\n\n"
-    "Ask for a grant of a configured limiter.\n\n"
-    "The result is used once: `async with acquire(...)` in asyncio, `with acquire(...)` in a plain\n"
-    "thread, or `await acquire(...)` for a grant without a body. Nothing is charged before that.\n\n"
-    "Args:\n"
-    "    limiter_id: name given to `configure_limiter` or `[limiters.NAME]`.\n"
-    "    timeout: seconds to wait at most; 0 tries once; None takes the limiter's default, and\n"
-    "        waits without bound where that is None too. Decided in advance: a slot beyond the\n"
-    "        deadline is refused at once and charges nothing.\n"
-    "    cost: units to charge, at least 1.\n"
-    "    key: limit each key separately, with the limiter's parameters.\n\n"
-    "Returns:\n"
-    "    A `Permit`.\n\n"
-    "Raises:\n"
-    "    RateLimiterAcquisitionError: not within the timeout, or the store is down and the\n"
-    "        limiter is configured with fail_closed.\n"
-    "    LimiterNotFoundError: no such limiter.\n"
-    "    ConfigValidationError: a bad argument (also a ValueError).\n"
-    "    RuntimeError: `with` would have to block a running event loop.\n\n"
-    "Example:\n"
-    "    async with acquire(\"api\", timeout=2, key=\"tenant-7\") as permit:\n"
-    "        ...";
-
-PyObject* acquire_function(PyObject*, PyObject* const* args, Py_ssize_t nargs, PyObject* kwnames) {
-  if (nargs == 1 && !kwnames) {
-    PyObject* found = PyDict_GetItemWithError(state().bound, args[0]);
-    if (found) return object_of(new_permit(reinterpret_cast<LimiterObject*>(found), -1, 1, nullptr));
-    if (PyErr_Occurred()) PyErr_Clear();
-  }
-  if (nargs < 1) {
-    PyErr_SetString(PyExc_TypeError, "acquire() needs the limiter's name");
-    return nullptr;
-  }
-  LimiterObject* limiter = find_limiter(args[0]);
-  if (!limiter) return nullptr;
-  PyObject* permit = make_permit(limiter, args + 1, nargs - 1, kwnames, "acquire");
-  Py_DECREF(reinterpret_cast<PyObject*>(limiter));
-  return permit;
-}
 
 bool init_permit_type(PyObject* module) {
   state().permit_type = reinterpret_cast<PyTypeObject*>(PyType_FromModuleAndSpec(module, &kSpec, nullptr));

@@ -14,7 +14,7 @@ PyObject* raise_cancelled(const WaiterObject* waiter) {
 
 void ask_cancel(WaiterObject* waiter) {
   if (!waiter->permit || !waiter->completion) return;
-  auto* task = static_cast<engine::AcquireTask*>(waiter->completion);
+  auto* task = static_cast<engine::Acquisition*>(waiter->completion);
   task->ref();
   if (!waiter->engine->submit(engine::CancelTask{task})) task->unref();
 }
@@ -26,7 +26,7 @@ PyObject* take_result(WaiterObject* waiter) {
   PyObject* result;
   if (waiter->permit) {
     result =
-        finish_acquire(waiter->permit, *static_cast<engine::AcquireTask*>(completion), waiter->mode, true);
+        finish_acquire(waiter->permit, *static_cast<engine::Acquisition*>(completion), waiter->mode, true);
   } else {
     result = waiter->convert(*completion);
   }
@@ -412,6 +412,14 @@ void completed(WaiterObject* waiter) {
 }
 
 void give_back(engine::Engine& engine, engine::Completion* completion) {
+  if (auto* several = dynamic_cast<engine::MultiTask*>(completion)) {
+    // The latest first: a store takes back its newest deal only. Nothing is granted unless all is well.
+    for (auto part = several->limits.rbegin(); part != several->limits.rend(); ++part)
+      if (part->granted)
+        engine.submit(engine::GiveBack{
+            part->limiter, part->group, part->cost, part->charged, {part->at, part->stamp}, part->permit});
+    return;
+  }
   auto* task = dynamic_cast<engine::AcquireTask*>(completion);
   if (!task || task->outcome != engine::Outcome::granted) return;
   if (!task->charged_rate && !task->permit) return;

@@ -163,6 +163,7 @@ void MultiService::take(Stage& stage) {
     part.charged = part.group->params.has_rate();
     part.stamp = reply.stamp;
     part.remaining = reply.remaining;
+    part.full_after = reply.full_after;
     part.at = timers_.now();
     part.permit = stage.service->take(part.limiter, part.group, reply.holder);
   }

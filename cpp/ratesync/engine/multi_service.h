@@ -39,8 +39,9 @@ struct MultiPart {
   bool charged = false;
   std::int64_t stamp = 0;
   std::int64_t remaining = 0;
-  Nanos at = 0;      // when
-  PermitRef permit;  // when a slot is held
+  Nanos full_after = -1;  // as in AcquireReply
+  Nanos at = 0;           // when
+  PermitRef permit;       // when a slot is held
 };
 
 struct MultiLine;
