@@ -250,11 +250,12 @@ def test_the_sentinels_promote_the_replica_time_and_again(ratesync_redis_sentine
 
 
 @pytest.mark.timeout(90)
-def test_topologies_with_passwords() -> None:
-    with RedisCluster(password=HOSTILE) as cluster:
+@pytest.mark.parametrize("tls", [False, True])
+def test_topologies_with_passwords(tls: bool) -> None:
+    with RedisCluster(password=HOSTILE, tls=tls) as cluster:
         keys = fill(cluster, 9)
         source, target, _ = cluster.primaries
         cluster.move_slots([s for s in keys.values() if cluster.owner_of(s) is source], source, target)
-    with RedisSentinel(password=HOSTILE, sentinel_password="s t") as group:
+    with RedisSentinel(password=HOSTILE, sentinel_password="s t", tls=tls) as group:
         group.kill_primary()
         group.wait_for_failover()

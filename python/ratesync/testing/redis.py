@@ -167,12 +167,14 @@ class RedisServer:
         settings: Mapping[str, str | int] | None = None,
         program: str | os.PathLike[str] | None = None,
         _home: Path | None = None,
+        _certificates: Path | None = None,
     ) -> None:
         self.program = Path(program) if program is not None else find_redis()
         self.host = "127.0.0.1"
         self.port = port
         self.password = password
         self._unix, self._tls = unix_socket, tls
+        self._certificates = _certificates  # where they are; made in our own directory when left out
         self._users = dict(users or {})
         self._settings: dict[str, str | int] = {"save": "", "appendonly": "yes" if persist else "no"}
         self._settings |= {"appendfsync": "always"} if persist else {}
@@ -265,17 +267,17 @@ class RedisServer:
     @property
     def ca_file(self) -> Path:
         """The authority's certificate."""
-        return self._where() / "ca.pem"
+        return (self._certificates or self._where()) / "ca.pem"
 
     @property
     def cert_file(self) -> Path:
         """A client's certificate."""
-        return self._where() / "client.pem"
+        return (self._certificates or self._where()) / "client.pem"
 
     @property
     def key_file(self) -> Path:
         """The client certificate's key."""
-        return self._where() / "client.key"
+        return (self._certificates or self._where()) / "client.key"
 
     @property
     def running(self) -> bool:
@@ -346,9 +348,7 @@ class RedisServer:
         else:
             settings |= {"bind": self.host, "tls-port" if self._tls else "port": self.port}
         if self._tls:
-            files = {"cert-file": "server.pem", "key-file": "server.key", "ca-cert-file": "ca.pem"}
-            settings |= {f"tls-{name}": str(home / file) for name, file in files.items()}
-            settings |= {"tls-auth-clients": "optional", "tls-replication": "yes", "tls-cluster": "yes"}
+            settings |= self._tls_settings()
         if self.password is not None:
             secret = quoted(self.password)
             settings |= {"requirepass": secret, "masterauth": secret}
@@ -356,6 +356,14 @@ class RedisServer:
         lines = [f"{name} {value}" if value != "" else f'{name} ""' for name, value in settings.items()]
         lines += [f"user {name} on {rules}" for name, rules in self._users.items()]
         return "\n".join(lines) + "\n"
+
+    def _tls_settings(self) -> dict[str, str | int]:
+        directory = self.ca_file.parent
+        files = {"cert-file": "server.pem", "key-file": "server.key", "ca-cert-file": "ca.pem"}
+        settings: dict[str, str | int] = {
+            f"tls-{name}": str(directory / file) for name, file in files.items()
+        }
+        return settings | {"tls-auth-clients": "optional", "tls-replication": "yes", "tls-cluster": "yes"}
 
     def _command(self) -> list[str]:
         path = self._where() / "conf"

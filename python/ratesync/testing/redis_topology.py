@@ -18,10 +18,10 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 from ratesync.testing._resp import RespError
-from ratesync.testing.redis import RedisServer, _Home, free_port, quoted
+from ratesync.testing.redis import RedisServer, _Home, free_port, make_certificates, quoted
 
 __all__ = ["RedisCluster", "RedisSentinel"]
 
@@ -32,14 +32,25 @@ _AWAY = (OSError, RespError)
 class _Group:
     """Several servers in one temporary directory."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: bool) -> None:
+        self._tls = tls
         self._home: _Home | None = None
         self.servers: list[RedisServer] = []
 
     def _open(self) -> Path:
         self._home = _Home()
         atexit.register(self.close)
+        if self._tls:
+            make_certificates(self._home.path)
         return self._home.path
+
+    def _scheme(self, kind: str) -> str:
+        return f"redis{'s' if self._tls else ''}+{kind}"
+
+    def _query(self, parameters: dict[str, str]) -> str:
+        if self._tls:
+            parameters = {"ssl_ca_certs": str(self.servers[0].ca_file)} | parameters
+        return "?" + urlencode(parameters, quote_via=quote, safe="") if parameters else ""
 
     def close(self) -> None:
         """Kills all servers and removes their files."""
@@ -71,6 +82,7 @@ class RedisCluster(_Group):
     Args:
         replicas: of each primary.
         password: of all nodes.
+        tls: speak TLS only, also among the nodes; see `RedisServer.ca_file`.
         node_timeout_ms: a node that is silent for so long is taken for dead.
         settings: further settings of each node.
 
@@ -87,10 +99,11 @@ class RedisCluster(_Group):
         *,
         replicas: int = 0,
         password: str | None = None,
+        tls: bool = False,
         node_timeout_ms: int = 1000,
         settings: Mapping[str, str | int] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(tls)
         self._replicas, self._password = replicas, password
         self._settings: dict[str, str | int] = {
             "cluster-enabled": "yes",
@@ -108,7 +121,9 @@ class RedisCluster(_Group):
                 port=free_port(cluster=True),
                 password=self._password,
                 settings=self._settings,
+                tls=self._tls,
                 _home=home / f"node{number}",
+                _certificates=home if self._tls else None,
             )
             self.servers.append(server.start())
         first = self.servers[0]
@@ -271,9 +286,13 @@ class _SentinelServer(RedisServer):
         group_password: str | None,
         password: str | None,
         down_after_ms: int,
+        tls: bool,
         _home: Path,
+        _certificates: Path | None,
     ) -> None:
-        super().__init__(port=free_port(), password=password, _home=_home)
+        super().__init__(
+            port=free_port(), password=password, tls=tls, _home=_home, _certificates=_certificates
+        )
         self._name = name
         self._options = [
             f"sentinel down-after-milliseconds {name} {down_after_ms}",
@@ -294,7 +313,14 @@ class _SentinelServer(RedisServer):
 
     def _config(self) -> str:
         home = self._where()
-        lines = [f"port {self.port}", f"bind {self.host}", f"dir {home}", f"pidfile {home / 'pid'}"]
+        lines = [f"bind {self.host}", f"dir {home}", f"pidfile {home / 'pid'}"]
+        if self._tls:
+            lines += ["port 0", f"tls-port {self.port}"]
+            lines += [
+                f"{name} {value}" for name, value in self._tls_settings().items() if name != "tls-cluster"
+            ]
+        else:
+            lines.append(f"port {self.port}")
         if self.password is not None:
             lines.append(f"requirepass {quoted(self.password)}")
         return "\n".join([*lines, self._monitor, *self._options]) + "\n"
@@ -312,6 +338,7 @@ class RedisSentinel(_Group):
         name: of the group, for the Sentinels.
         password: of the two servers.
         sentinel_password: of the Sentinels themselves.
+        tls: speak TLS only, all of them; see `RedisServer.ca_file`.
         down_after_ms: a server that is silent for so long is taken for dead.
 
     Attributes:
@@ -329,9 +356,10 @@ class RedisSentinel(_Group):
         name: str = "ratesync",
         password: str | None = None,
         sentinel_password: str | None = None,
+        tls: bool = False,
         down_after_ms: int = 500,
     ) -> None:
-        super().__init__()
+        super().__init__(tls)
         self.name = name
         self.nodes: list[RedisServer] = []
         self.sentinels: list[_SentinelServer] = []
@@ -346,7 +374,13 @@ class RedisSentinel(_Group):
             settings: dict[str, str | int] = {"repl-diskless-sync-delay": 0, "replica-priority": 100}
             if number:
                 settings["replicaof"] = f"{self.nodes[0].host} {self.nodes[0].port}"
-            server = RedisServer(password=self._password, settings=settings, _home=home / f"node{number}")
+            server = RedisServer(
+                password=self._password,
+                settings=settings,
+                tls=self._tls,
+                _home=home / f"node{number}",
+                _certificates=home if self._tls else None,
+            )
             self.nodes.append(server.start())
             self.servers.append(server)
         self._wait_in_step()
@@ -356,6 +390,8 @@ class RedisSentinel(_Group):
                 group_password=self._password,
                 password=self._sentinel_password,
                 down_after_ms=self._down_after_ms,
+                tls=self._tls,
+                _certificates=home if self._tls else None,
                 _home=home / f"sentinel{number}",
             )
             sentinel.watch(self.nodes[0])
@@ -376,10 +412,8 @@ class RedisSentinel(_Group):
         """`redis+sentinel://` with all Sentinels."""
         login = f":{quote(self._password, safe='')}@" if self._password is not None else ""
         hosts = ",".join(f"{sentinel.host}:{sentinel.port}" for sentinel in self.sentinels)
-        query = ""
-        if self._sentinel_password is not None:
-            query = f"?sentinel_password={quote(self._sentinel_password, safe='')}"
-        return f"redis+sentinel://{login}{hosts}/{quote(self.name, safe='')}{query}"
+        query = {} if self._sentinel_password is None else {"sentinel_password": self._sentinel_password}
+        return f"{self._scheme('sentinel')}://{login}{hosts}/{quote(self.name, safe='')}{self._query(query)}"
 
     @property
     def primary(self) -> RedisServer:
