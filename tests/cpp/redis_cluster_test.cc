@@ -315,6 +315,56 @@ TEST_F(RedisClusterTest, TriesAgainWhileKeysOfOneCommandAreOnTheirWay) {
   own(slot, from);
 }
 
+TEST_F(RedisClusterTest, CountsExactlyWhileTheSlotMovesUnderLoad) {
+  Commander& c = cluster_commander();
+  ASSERT_TRUE(connect_all(c).ok());
+  const std::string a = "{y}a", b = "{y}b";
+  Script script = {
+      "both", "redis.call('INCR', KEYS[1]) return redis.call('INCR', KEYS[2])",
+      text(say(0, {"SCRIPT", "LOAD", "redis.call('INCR', KEYS[1]) return redis.call('INCR', KEYS[2])"}))};
+  int single = 0, both = 0, under_way = 0, begun = 0;
+  std::vector<std::string> failed;
+  bool stop = false;
+  std::function<void()> next = [&] {
+    if (stop) return;
+    ++under_way;
+    const bool one = ++begun % 2 == 0;
+    const ReplyCallback done = [&, one](const Result<Reply>& reply) {
+      --under_way;
+      if (!reply.ok()) failed.push_back(reply.status().message);
+      ++(one ? single : both);
+      next();
+    };
+    if (one)
+      c.call(a, command({"INCR", a}), in(20 * kSecond), done);
+    else
+      c.eval(script, a, command({"2", a, b}), in(20 * kSecond), done);
+  };
+  for (int i = 0; i < 40; ++i) next();
+  const int slot = hash_slot("y");
+  int from = 0;
+  while (say(from, {"GET", a}).value().kind == Reply::Kind::error) ++from;
+  for (int turn = 0; turn < 12; ++turn) {
+    const int to = (from + 1) % 3;
+    migrate(slot, from, to);
+    // One key after the other: in between neither node can run the script.
+    for (const std::string& key : {a, b}) {
+      say(from, {"MIGRATE", "127.0.0.1", port(to), "", "0", "5000", "KEYS", key});
+    }
+    own(slot, to);
+    const int seen = both;
+    EXPECT_TRUE(wait_until([&] { return both > seen + 20; })) << "turn " << turn;
+    from = to;
+    if (turn % 4 == 3)
+      for (int i = 0; i < 3; ++i) say(i, {"SCRIPT", "FLUSH"});
+  }
+  stop = true;
+  ASSERT_TRUE(wait_until([&] { return under_way == 0; }));
+  EXPECT_TRUE(failed.empty()) << failed.size() << ": " << failed[0];
+  EXPECT_EQ(text(keyed(c, a, {"GET", a})), std::to_string(single + both));
+  EXPECT_EQ(text(keyed(c, b, {"GET", b})), std::to_string(both));
+}
+
 TEST_F(RedisClusterTest, RefusesAScriptOverTwoSlotsAndSaysTheCure) {
   Commander& c = cluster_commander();
   const auto reply = keyed(c, "a", {"MGET", "a", "b"});
