@@ -4,6 +4,7 @@
 
 #include "limit_rig.h"
 #include "ratesync/limits/gcra.h"
+#include "ratesync/postgres/limit_params.h"
 #include "ratesync/postgres/limit_plan.h"
 
 using namespace ratesync;

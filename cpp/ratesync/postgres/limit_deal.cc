@@ -7,6 +7,7 @@
 #include <unordered_set>
 
 #include "ratesync/postgres/errors.h"
+#include "ratesync/postgres/limit_params.h"
 #include "ratesync/postgres/limit_trip.h"
 
 namespace ratesync::postgres {
@@ -20,6 +21,11 @@ constexpr unsigned kLostRaces = 20;
 constexpr unsigned kTripsInARow = 16;
 
 const Statement kLazyCommit{"ratesync_lazy_commit", "SELECT set_config('synchronous_commit', 'off', true)"};
+
+// A restatement carries nobody who could be told.
+void count_conflict(const Run& run) {
+  if (!run.ops.empty()) ++run.ops.front()->acquire->conflicts;
+}
 
 }  // namespace
 
@@ -48,16 +54,29 @@ void PgLimitStore::drop_needless_restatements(OpList& pending) {
   });
 }
 
+// Without their tables. What only concerns slots goes on.
+void PgLimitStore::refuse_windows(OpList& pending) {
+  if (windows()) return;
+  OpList refused;
+  std::erase_if(pending, [&refused](QueuedOp* op) {
+    if (!op->group->params.is_window() || op->kind == QueuedOp::Kind::restate) return false;
+    refused.push_back(op);
+    return true;
+  });
+  if (!refused.empty()) fail_ops(refused, backend_.no_windows());
+}
+
 void PgLimitStore::start_round(const TripPtr& trip) {
   for (;;) {
     drop_needless_restatements(trip->pending);
+    refuse_windows(trip->pending);
     if (!trip->pending.empty()) break;
     if (trip->parked.empty()) return land(trip);
     trip->pending = std::move(trip->parked.back());
     trip->parked.pop_back();
   }
   if (!trip->connection->open()) return reconnect(trip);
-  trip->plan = plan_trip(trip->pending, clock_.now(), trip->lane.slots ? 1 : kMaxLayers);
+  trip->plan = plan_trip(trip->pending, clock_.now(), trip->lane.slots() ? 1 : kMaxLayers);
   std::vector<Call> calls = build_calls(*trip);
   count(calls, trip->pending.size() - trip->plan.later.size());
   trip->sent = clock_.now();
@@ -70,34 +89,32 @@ std::vector<Call> PgLimitStore::build_calls(Trip& trip) {
   using Durability = LimitStoreOptions::Durability;
   const LimitSql& sql = backend_.limit_sql();
   const TripPlan& plan = trip.plan;
-  const bool slots = trip.lane.slots;
-  const bool lazy =
-      options_.durability == Durability::off || (options_.durability == Durability::automatic && !slots);
+  const bool rates = trip.lane.kind == Kind::rates;
+  const bool lazy = options_.durability == Durability::off ||
+                    (options_.durability == Durability::automatic && !trip.lane.slots());
   std::vector<Call> calls;
   trip.stated.clear();
 
-  std::vector<std::string_view> resets;
-  for (const Adjustment& adjustment : plan.adjustments)
-    if (adjustment.mode == AdjustMode::reset && leases()) resets.push_back(adjustment.group->id);
-
-  // One statement locks its own rows in order. Where more than one takes locks, all of them are
-  // taken first.
+  // The statement for rates locks its own rows in order, and so does `adjust`. Where more than one takes
+  // locks, or looks at other rows, all locks are taken first.
   const std::vector<std::string_view> groups = plan.groups();
+  const bool others =
+      std::any_of(plan.adjustments.begin(), plan.adjustments.end(), [this](const Adjustment& a) {
+        return a.group->params.is_window() || (a.mode == AdjustMode::reset && (leases() || windows()));
+      });
   const bool lock_first =
-      (slots && !plan.layers.empty()) || !resets.empty() || (!plan.adjustments.empty() && groups.size() > 1);
+      (!rates && !plan.layers.empty()) || others || (!plan.adjustments.empty() && groups.size() > 1);
   if (lock_first) calls.push_back({&sql.lock, {Param::text(array_of_text(groups))}});
   // The rate statement says it itself.
   const bool writes = !plan.adjustments.empty() || !plan.layers.empty();
-  if (lazy && writes && (slots || plan.layers.empty())) calls.push_back({&kLazyCommit, {}});
+  if (lazy && writes && (!rates || plan.layers.empty())) calls.push_back({&kLazyCommit, {}});
 
-  trip.adjust_call = calls.size();
-  if (!plan.adjustments.empty()) calls.push_back({&sql.adjust, adjust_params(plan.adjustments)});
-  if (!resets.empty()) calls.push_back({&sql.drop_leases, {Param::text(array_of_text(resets))}});
+  add_adjustments(plan, calls);
 
   trip.layer_call = calls.size();
   for (const Layer& layer : plan.layers) {
-    if (slots) {
-      calls.push_back(slots_call(trip, layer));
+    if (!rates) {
+      calls.push_back(decide_call(trip, layer));
     } else {
       calls.push_back({&sql.rate, run_params(layer)});
       calls.back().params.push_back(Param::text(lazy ? "t" : "f"));
@@ -106,13 +123,44 @@ std::vector<Call> PgLimitStore::build_calls(Trip& trip) {
 
   trip.peek_call = calls.size();
   if (!plan.peeks.empty()) calls.push_back({&sql.peek, peek_params(plan.peeks)});
+  trip.window_peek_call = calls.size();
+  if (!plan.window_peeks.empty())
+    calls.push_back({&sql.peek_windows, peek_windows_params(plan.window_peeks)});
   return calls;
 }
 
-Call PgLimitStore::slots_call(Trip& trip, const Layer& layer) {
-  Call call{&backend_.limit_sql().slots, run_params(layer)};
+void PgLimitStore::add_adjustments(const TripPlan& plan, std::vector<Call>& calls) {
+  const LimitSql& sql = backend_.limit_sql();
+  std::vector<const Adjustment*> buckets, in_windows;
+  std::vector<std::string_view> resets, gaps;
+  for (const Adjustment& adjustment : plan.adjustments) {
+    const bool reset = adjustment.mode == AdjustMode::reset, window = adjustment.group->params.is_window();
+    if (reset) resets.push_back(adjustment.group->id);
+    // A group may have had another algorithm before.
+    if (window || (reset && windows())) in_windows.push_back(&adjustment);
+    if (!window || reset) buckets.push_back(&adjustment);
+    if (window && adjustment.mode == AdjustMode::give_back && !adjustment.stamp)
+      gaps.push_back(adjustment.group->id);
+  }
+  if (!buckets.empty()) calls.push_back({&sql.adjust, adjust_params(buckets)});
+  if (!in_windows.empty()) calls.push_back({&sql.adjust_windows, adjust_windows_params(in_windows)});
+  if (!gaps.empty()) calls.push_back({&sql.close_gaps, {Param::text(array_of_text(gaps))}});
+  if (!resets.empty() && leases()) calls.push_back({&sql.drop_leases, {Param::text(array_of_text(resets))}});
+}
+
+Call PgLimitStore::decide_call(Trip& trip, const Layer& layer) {
+  const LimitSql& sql = backend_.limit_sql();
+  const bool any =
+      std::any_of(layer.begin(), layer.end(), [](const Run& r) { return r.group->params.is_window(); });
+  const bool with_windows = any && windows();
+  Call call{with_windows ? &sql.windows : &sql.slots, run_params(layer)};
   ArrayWriter slots, held, holder, fresh, lease, freed;
   for (const Run& run : layer) {
+    if (!run.group->params.has_concurrency()) {
+      slots.add_null();
+      for (ArrayWriter* array : {&held, &holder, &fresh, &lease, &freed}) array->add(std::int64_t{0});
+      continue;
+    }
     Holding& holding = holders_.of(run.group);
     holders_.sent(holding);
     trip.stated.push_back(&holding);
@@ -124,12 +172,12 @@ Call PgLimitStore::slots_call(Trip& trip, const Layer& layer) {
     freed.add(holding.sent_freed);
   }
   call.params.push_back(slots.take());
-  if (leases()) {
+  if (leases())
     for (ArrayWriter* array : {&held, &holder, &fresh, &lease}) call.params.push_back(array->take());
-    call.params.push_back(Param::text(options_.holder));
-  } else {
+  else
     call.params.push_back(freed.take());
-  }
+  if (with_windows) add_window_params(layer, call.params);
+  if (leases()) call.params.push_back(Param::text(options_.holder));
   return call;
 }
 
@@ -140,7 +188,8 @@ void PgLimitStore::answered(TripPtr trip, PipelineResult result) {
   Dealt dealt;
   for (std::size_t i = 0; i < trip->plan.layers.size(); ++i)
     deal_layer(*trip, trip->plan.layers[i], *result.results[trip->layer_call + i], dealt);
-  deal_sides(*trip, result, dealt);
+  deal_sides(*trip, dealt);
+  deal_peeks(*trip, result, dealt);
   trip->attempt = 1;
 
   // Requests that were sent come before those that were not.
@@ -161,17 +210,18 @@ void PgLimitStore::answered(TripPtr trip, PipelineResult result) {
 void PgLimitStore::deal_layer(Trip& trip, const Layer& layer, const Rows& rows, Dealt& dealt) {
   std::vector<const Run*> unanswered(layer.size(), nullptr);
   for (std::size_t i = 0; i < layer.size(); ++i) unanswered[i] = &layer[i];
-  const bool slots = trip.lane.slots;
+  const bool rates = trip.lane.kind == Kind::rates, slots = trip.lane.slots();
+  bool purge_due = false;
   std::unordered_set<std::string_view> inserted;
   for (int row = 0; row < rows.rows(); ++row) {
-    if (!slots && !rows.is_null(row, 5)) {
+    if (rates && !rows.is_null(row, 5)) {
       inserted.insert(rows.text(row, 5));
       continue;
     }
     const auto at = static_cast<std::size_t>(rows.integer(row, 0) - 1);
     if (at >= layer.size() || !unanswered[at]) continue;
     const bool made_by_others =
-        !slots && !rows.boolean(row, 4) && rows.integer(row, 1) > 0 && !inserted.contains(layer[at].id());
+        rates && !rows.boolean(row, 4) && rows.integer(row, 1) > 0 && !inserted.contains(layer[at].id());
     if (made_by_others) continue;
     const Run& run = *std::exchange(unanswered[at], nullptr);
     RunAnswer answer;
@@ -179,11 +229,20 @@ void PgLimitStore::deal_layer(Trip& trip, const Layer& layer, const Rows& rows, 
     answer.ahead = rows.integer(row, 2);
     answer.stamp = rows.integer(row, 3);
     store::HolderId holder = 0;
-    if (slots) {
+    if (!rates) {
       answer.may = rows.integer(row, 4);
       answer.free = rows.integer(row, 5);
       answer.lost = rows.boolean(row, 6);
       answer.wrote = rows.boolean(row, 7);
+    }
+    if (rows.columns() > 8 && run.group->params.is_window()) {
+      answer.waits = integers(rows.text(row, 8));
+      answer.retry = rows.integer(row, 9);
+      answer.remaining = rows.integer(row, 10);
+      answer.full_after = rows.integer(row, 11);
+      purge_due = purge_due || answer.wrote;
+    }
+    if (slots) {
       Holding& holding = *trip.stated[at];
       const store::HolderId before = holding.id;
       const std::int64_t lost =
@@ -195,13 +254,15 @@ void PgLimitStore::deal_layer(Trip& trip, const Layer& layer, const Rows& rows, 
     deal_run(run, answer, holder, trip.plan.now, dealt.acquires, dealt.again);
   }
 
+  if (purge_due) purge();
+
   // Another process made the row first. Ask again, it can be locked now.
   bool lost_race = false;
   for (std::size_t i = 0; i < layer.size(); ++i) {
     if (!unanswered[i]) continue;
     lost_race = true;
     ++stats_.conflicts;
-    ++unanswered[i]->ops.front()->acquire->conflicts;
+    count_conflict(*unanswered[i]);
     if (slots) {
       holders_.failed(*trip.stated[i], false, clock_.now());
       dealt.touched.push_back(trip.stated[i]);
@@ -225,7 +286,7 @@ void PgLimitStore::deal_layer(Trip& trip, const Layer& layer, const Rows& rows, 
   trip.lost_races = lost_race ? trip.lost_races + 1 : 0;
 }
 
-void PgLimitStore::deal_sides(Trip& trip, const PipelineResult& result, Dealt& dealt) {
+void PgLimitStore::deal_sides(Trip& trip, Dealt& dealt) {
   for (const Adjustment& adjustment : trip.plan.adjustments) {
     dealt.sides.insert(dealt.sides.end(), adjustment.ops.begin(), adjustment.ops.end());
     if (adjustment.mode != AdjustMode::reset) continue;
@@ -238,13 +299,21 @@ void PgLimitStore::deal_sides(Trip& trip, const PipelineResult& result, Dealt& d
     if (slots > 0) dealt.lost.push_back({adjustment.group->id, before, slots});
     dealt.touched.push_back(holding);
   }
-  if (trip.plan.peeks.empty()) return;
-  const Rows& rows = *result.results[trip.peek_call];
-  for (int row = 0; row < rows.rows(); ++row) {
-    const auto at = static_cast<std::size_t>(rows.integer(row, 0) - 1);
-    if (at >= trip.plan.peeks.size()) continue;
-    QueuedOp* op = trip.plan.peeks[at];
-    dealt.peeks.emplace_back(op, read_peek(op->group->params, rows.integer(row, 1), rows.integer(row, 2)));
+}
+
+void PgLimitStore::deal_peeks(Trip& trip, const PipelineResult& result, Dealt& dealt) {
+  for (const bool window : {false, true}) {
+    const OpList& peeks = window ? trip.plan.window_peeks : trip.plan.peeks;
+    if (peeks.empty()) continue;
+    const Rows& rows = *result.results[window ? trip.window_peek_call : trip.peek_call];
+    for (int row = 0; row < rows.rows(); ++row) {
+      const auto at = static_cast<std::size_t>(rows.integer(row, 0) - 1);
+      if (at >= peeks.size()) continue;
+      const limits::Params& params = peeks[at]->group->params;
+      dealt.peeks.emplace_back(peeks[at],
+                               window ? read_window_peek(params, rows, row)
+                                      : read_peek(params, rows.integer(row, 1), rows.integer(row, 2)));
+    }
   }
 }
 
@@ -263,7 +332,7 @@ void PgLimitStore::failed(const TripPtr& trip, const PipelineResult& result) {
   OpList asked = trip->plan.ops();
   const bool lost_race = status.code == Code::server && is_transient(status.sqlstate);
   if (lost_race && !trip->plan.layers.empty())
-    for (const Run& run : trip->plan.layers.front()) ++run.ops.front()->acquire->conflicts;
+    for (const Run& run : trip->plan.layers.front()) count_conflict(run);
   OpList later = std::move(trip->plan.later);
   put_back(*trip, in_doubt);
 

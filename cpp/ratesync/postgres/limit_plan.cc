@@ -1,7 +1,5 @@
 #include "ratesync/postgres/limit_plan.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <cmath>
 #include <optional>
@@ -12,11 +10,6 @@ namespace {
 
 using store::AcquireReply;
 using store::Verdict;
-
-// As in limits/gcra.cc: this much of a unit forgives the rounding of sums in double precision. The
-// statements in limit_sql.cc use the same number.
-constexpr double kNoise = 1e-3;
-constexpr double kSpanMax = 4e18;
 
 Nanos patience_of(const store::AcquireOp& op, Nanos now) {
   return op.deadline == kForever ? kForever : std::max<Nanos>(0, op.deadline - now);
@@ -35,7 +28,8 @@ Nanos nanos(std::int64_t micros) { return micros > kForever / kMicro ? kForever 
 bool same_limit(const store::GroupRef& a, const store::GroupRef& b) {
   if (a == b) return true;
   const limits::Params &p = a->params, &q = b->params;
-  return p.rate_per_second == q.rate_per_second && p.burst == q.burst &&
+  return p.algorithm == q.algorithm && p.limit == q.limit && p.window == q.window &&
+         p.rate_per_second == q.rate_per_second && p.burst == q.burst &&
          p.max_concurrent == q.max_concurrent && p.timing_margin == q.timing_margin && p.lease == q.lease;
 }
 
@@ -74,7 +68,8 @@ bool add_adjustment(GroupPlan& plan, QueuedOp* op) {
   const AdjustMode mode = op->kind == QueuedOp::Kind::reset                 ? AdjustMode::reset
                           : op->kind == QueuedOp::Kind::settle && units > 0 ? AdjustMode::charge
                                                                             : AdjustMode::give_back;
-  const std::int64_t shift = rate.span(std::abs(units));
+  const bool window = op->group->params.is_window();
+  const std::int64_t shift = window ? std::abs(units) : rate.span(std::abs(units));
   std::optional<std::int64_t> stamp;
   if (op->kind == QueuedOp::Kind::refund) stamp = op->side->stamp;
   if (!plan.adjustment) {
@@ -82,7 +77,9 @@ bool add_adjustment(GroupPlan& plan, QueuedOp* op) {
     return true;
   }
   Adjustment& sum = *plan.adjustment;
-  if (sum.mode != mode || sum.stamp.has_value() != stamp.has_value()) return false;
+  if (sum.mode != mode || sum.stamp.has_value() != stamp.has_value() ||
+      sum.group->params.algorithm != op->group->params.algorithm)
+    return false;
   // Refunds follow each other: the second names the state that the first will leave behind.
   if (stamp && *stamp != *sum.stamp - sum.shift) return false;
   sum.shift += shift;
@@ -91,27 +88,6 @@ bool add_adjustment(GroupPlan& plan, QueuedOp* op) {
 }
 
 }  // namespace
-
-MicroRate::MicroRate(const limits::Params& params) {
-  if (!params.has_rate()) return;
-  interval = 1e6 / params.rate_per_second;
-  step = span(1);
-  burst = params.burst;
-  burst_span = span(params.burst);
-  margin = std::min<std::int64_t>(params.timing_margin / kMicro, static_cast<std::int64_t>(interval));
-}
-
-std::int64_t MicroRate::span(std::int64_t units) const {
-  return static_cast<std::int64_t>(
-      std::min(std::max(0.0, std::ceil(static_cast<double>(units) * interval - kNoise)), kSpanMax));
-}
-
-std::int64_t MicroRate::available(std::int64_t ahead) const {
-  const std::int64_t room = burst_span - ahead;
-  if (room <= 0 || interval <= 0) return 0;
-  const double units = (static_cast<double>(room) + kNoise) / interval;
-  return units >= static_cast<double>(burst) ? burst : static_cast<std::int64_t>(units + 1e-9);
-}
 
 namespace {
 
@@ -148,7 +124,7 @@ TripPlan plan_trip(const OpList& pending, Nanos now, std::size_t max_layers) {
   std::size_t at = 0;
   for (QueuedOp* op : in_order_of_arrival(pending)) {
     if (op->kind == QueuedOp::Kind::peek) {
-      out.peeks.push_back(op);
+      (op->group->params.is_window() ? out.window_peeks : out.peeks).push_back(op);
       continue;
     }
     if (op->group.get() != latest) {
@@ -210,21 +186,24 @@ OpList TripPlan::ops() const {
   for (const Layer& layer : layers)
     for (const Run& run : layer) out.insert(out.end(), run.ops.begin(), run.ops.end());
   out.insert(out.end(), peeks.begin(), peeks.end());
+  out.insert(out.end(), window_peeks.begin(), window_peeks.end());
   return out;
 }
 
 void deal_run(const Run& run, const RunAnswer& answer, store::HolderId holder, Nanos planned_at, OpList& done,
               OpList& again) {
   const limits::Params& params = run.group->params;
+  const bool window = params.is_window();
   const MicroRate rate(params);
   const std::int64_t granted =
       std::min<std::int64_t>(answer.granted, static_cast<std::int64_t>(run.ops.size()));
   const std::int64_t ahead =
-      params.has_rate() && granted > 0 ? answer.ahead + rate.span(granted * run.cost) : answer.ahead;
+      rate.interval > 0 && granted > 0 ? answer.ahead + rate.span(granted * run.cost) : answer.ahead;
   const bool full = params.has_concurrency() && granted < std::min<std::int64_t>(answer.may, run.ops.size());
 
-  const std::int64_t remaining =
-      params.has_rate() ? rate.available(ahead) : std::max<std::int64_t>(0, answer.free);
+  const std::int64_t remaining = window              ? answer.remaining
+                                 : params.has_rate() ? rate.available(ahead)
+                                                     : std::max<std::int64_t>(0, answer.free);
   for (std::int64_t i = 0; i < granted; ++i) {
     AcquireReply& reply = run.ops[i]->acquire->reply;
     reply = AcquireReply{};
@@ -232,7 +211,12 @@ void deal_run(const Run& run, const RunAnswer& answer, store::HolderId holder, N
     reply.holder = params.has_concurrency() ? holder : 0;
     if (params.has_rate()) {
       reply.stamp = answer.stamp;
-      reply.full_after = nanos(ahead);
+      reply.full_after = nanos(window ? answer.full_after : ahead);
+    }
+    if (window) {
+      const auto at = static_cast<std::size_t>(i);
+      reply.wait = at < answer.waits.size() ? nanos(answer.waits[at]) : 0;
+    } else if (params.has_rate()) {
       const std::int64_t wait = answer.ahead + rate.span((i + 1) * run.cost) - rate.burst_span;
       reply.wait = wait <= rate.margin ? 0 : nanos(wait);
     }
@@ -240,7 +224,7 @@ void deal_run(const Run& run, const RunAnswer& answer, store::HolderId holder, N
   }
 
   const std::int64_t slot = ahead + rate.span(run.cost) - rate.burst_span;
-  const Nanos retry_after = slot > rate.margin ? nanos(slot - rate.margin) : 0;
+  const Nanos retry_after = window ? nanos(answer.retry) : slot > rate.margin ? nanos(slot - rate.margin) : 0;
   for (std::size_t i = static_cast<std::size_t>(granted); i < run.ops.size(); ++i) {
     QueuedOp* op = run.ops[i];
     const Nanos patience = patience_of(*op->acquire, planned_at);
@@ -258,80 +242,6 @@ void deal_run(const Run& run, const RunAnswer& answer, store::HolderId holder, N
   }
 }
 
-void ArrayWriter::separate() {
-  if (text_.size() > 1) text_ += ',';
-}
-void ArrayWriter::add(std::int64_t value) {
-  separate();
-  fmt::format_to(std::back_inserter(text_), "{}", value);
-}
-void ArrayWriter::add(double value) {
-  separate();
-  fmt::format_to(std::back_inserter(text_), "{}", value);
-}
-void ArrayWriter::add_null() {
-  separate();
-  text_ += "NULL";
-}
-Param ArrayWriter::take() {
-  text_ += '}';
-  return Param::text(std::move(text_));
-}
-
-std::vector<Param> run_params(const Layer& layer) {
-  std::vector<std::string_view> groups;
-  groups.reserve(layer.size());
-  ArrayWriter n, each, room, step;
-  for (const Run& run : layer) {
-    const MicroRate rate(run.group->params);
-    groups.push_back(run.id());
-    n.add(static_cast<std::int64_t>(run.ops.size()));
-    if (rate.interval <= 0) {
-      each.add_null();
-      room.add_null();
-      step.add_null();
-      continue;
-    }
-    each.add(rate.interval * static_cast<double>(run.cost));
-    if (run.patience == kForever)
-      room.add_null();
-    else
-      room.add(run.patience / kMicro + rate.margin + rate.burst_span);
-    step.add(rate.step);
-  }
-  std::vector<Param> out;
-  out.reserve(11);
-  out.push_back(Param::text(array_of_text(groups)));
-  for (ArrayWriter* array : {&n, &each, &room, &step}) out.push_back(array->take());
-  return out;
-}
-
-std::vector<Param> adjust_params(const std::vector<Adjustment>& adjustments) {
-  std::vector<std::string_view> groups;
-  ArrayWriter shift, stamp, mode, step;
-  for (const Adjustment& adjustment : adjustments) {
-    groups.push_back(adjustment.group->id);
-    shift.add(adjustment.shift);
-    if (adjustment.stamp)
-      stamp.add(*adjustment.stamp);
-    else
-      stamp.add_null();
-    mode.add(static_cast<std::int64_t>(adjustment.mode));
-    step.add(MicroRate(adjustment.group->params).step);
-  }
-  return {Param::text(array_of_text(groups)), shift.take(), stamp.take(), mode.take(), step.take()};
-}
-
-std::vector<Param> peek_params(const OpList& peeks) {
-  std::vector<std::string_view> groups;
-  ArrayWriter step;
-  for (const QueuedOp* op : peeks) {
-    groups.push_back(op->group->id);
-    step.add(MicroRate(op->group->params).step);
-  }
-  return {Param::text(array_of_text(groups)), step.take()};
-}
-
 store::Peek read_peek(const limits::Params& params, std::int64_t ahead, std::int64_t in_use) {
   store::Peek out;
   out.in_use = in_use;
@@ -346,6 +256,17 @@ store::Peek read_peek(const limits::Params& params, std::int64_t ahead, std::int
     const std::int64_t free = std::max<std::int64_t>(0, params.max_concurrent - in_use);
     out.available = params.has_rate() ? std::min(out.available, free) : free;
   }
+  return out;
+}
+
+store::Peek read_window_peek(const limits::Params& params, const Rows& rows, int row) {
+  store::Peek out;
+  out.retry_after = nanos(rows.integer(row, 1));
+  out.available = rows.integer(row, 2);
+  out.full_after = nanos(rows.integer(row, 3));
+  out.in_use = rows.integer(row, 4);
+  if (params.has_concurrency())
+    out.available = std::min(out.available, std::max<std::int64_t>(0, params.max_concurrent - out.in_use));
   return out;
 }
 

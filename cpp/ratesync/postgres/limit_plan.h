@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "ratesync/base/clock.h"
+#include "ratesync/limits/micro_rate.h"
 #include "ratesync/limits/params.h"
 #include "ratesync/postgres/connection.h"
 #include "ratesync/postgres/limit_sql.h"
@@ -48,19 +49,7 @@ struct QueuedOp {
 };
 using OpList = std::vector<QueuedOp*>;
 
-// The sums of limits/gcra.h in microseconds.
-struct MicroRate {
-  explicit MicroRate(const limits::Params& params);
-  [[nodiscard]] std::int64_t span(std::int64_t units) const;
-  // Units to be had at once when TAT lies `ahead` of now.
-  [[nodiscard]] std::int64_t available(std::int64_t ahead) const;
-
-  double interval = 0;  // us per unit; 0: no rate
-  std::int64_t step = 0;
-  std::int64_t burst = 0;       // units
-  std::int64_t burst_span = 0;  // us
-  std::int64_t margin = 0;      // us
-};
+using limits::MicroRate;
 
 struct Run {
   store::GroupRef group;
@@ -76,7 +65,7 @@ using Layer = std::vector<Run>;
 struct Adjustment {
   store::GroupRef group;
   AdjustMode mode = AdjustMode::give_back;
-  std::int64_t shift = 0;             // us
+  std::int64_t shift = 0;             // us; windows: units
   std::optional<std::int64_t> stamp;  // refund: of the first
   OpList ops;
 };
@@ -84,11 +73,10 @@ struct Adjustment {
 struct TripPlan {
   std::vector<Layer> layers;
   std::vector<Adjustment> adjustments;  // one per group, sorted
-  OpList peeks;
+  OpList peeks, window_peeks;
   OpList later;  // did not fit: next round, in this order
   Nanos now = 0;
 
-  [[nodiscard]] bool empty() const { return layers.empty() && adjustments.empty() && peeks.empty(); }
   // Groups whose rows are written or decided on, sorted, each once.
   [[nodiscard]] std::vector<std::string_view> groups() const;
   [[nodiscard]] OpList ops() const;
@@ -108,6 +96,11 @@ struct RunAnswer {
   std::int64_t free = 0;  // after the decision
   bool lost = false;
   bool wrote = false;
+  // Windows:
+  std::vector<std::int64_t> waits;  // us, of those granted
+  std::int64_t retry = 0;           // us, of the next one
+  std::int64_t remaining = 0;
+  std::int64_t full_after = 0;  // us
 };
 
 // Fills the replies of the run's requests. Returns those that have to be asked again, alone: refused
@@ -115,23 +108,8 @@ struct RunAnswer {
 void deal_run(const Run& run, const RunAnswer& answer, store::HolderId holder, Nanos planned_at, OpList& done,
               OpList& again);
 
-// Builds PostgreSQL array literals, column by column.
-class ArrayWriter {
- public:
-  void add(std::int64_t value);
-  void add(double value);
-  void add_null();
-  Param take();
-
- private:
-  void separate();
-  std::string text_ = "{";
-};
-
-// $1 to $5 of LimitSql::rate and ::slots.
-std::vector<Param> run_params(const Layer& layer);
-std::vector<Param> adjust_params(const std::vector<Adjustment>& adjustments);
-std::vector<Param> peek_params(const OpList& peeks);
 store::Peek read_peek(const limits::Params& params, std::int64_t ahead, std::int64_t in_use);
+// Row: ord, us until one unit, units left, us until all is left, in use.
+store::Peek read_window_peek(const limits::Params& params, const Rows& rows, int row);
 
 }  // namespace ratesync::postgres

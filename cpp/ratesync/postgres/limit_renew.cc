@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <chrono>
 
+#include "ratesync/postgres/limit_params.h"
 #include "ratesync/postgres/limit_trip.h"
 
 namespace ratesync::postgres {
@@ -11,6 +12,8 @@ using store::GroupRef;
 namespace {
 
 constexpr std::size_t kRenewAtOnce = 1'000;
+constexpr std::int64_t kPurgeAtOnce = 5'000;
+constexpr Nanos kPurgePause = 60 * kSecond;
 
 }  // namespace
 
@@ -135,6 +138,31 @@ void PgLimitStore::renew(std::vector<Holding*> due) {
   });
 }
 
+// --- what groups that went quiet left behind ---------------------------------------------------
+
+// Whoever writes cleans up, now and then and in bounded pieces; the first time soon after the start.
+void PgLimitStore::purge() {
+  if (closing_ || clock_.now() < purge_at_) return;
+  purge_at_ = clock_.now() + kPurgePause / 2 + static_cast<Nanos>(random_() % 1'000) * (kPurgePause / 1'000);
+  backend_.pool().get([this, alive = alive_](Result<PgPool::Lease> got) {
+    if (!*alive || !got.ok()) return;
+    const LimitSql& sql = backend_.limit_sql();
+    const PgPool::Lease connection = got.value();
+    if (sql.purge_log.sql.empty()) return backend_.pool().put(connection);
+    std::vector<Call> calls;
+    for (const Statement* statement : {&sql.purge_log, &sql.purge_windows})
+      calls.push_back({statement, {Param::text(std::to_string(kPurgeAtOnce))}});
+    count(calls, 0);
+    connection->run(std::move(calls), [this, connection, alive](PipelineResult result) {
+      if (!*alive) return;
+      backend_.pool().put(connection);
+      if (!result.status.ok()) return;  // the next one tries again
+      for (const RowsPtr& rows : result.results)
+        if (rows->integer(0, 0) >= kPurgeAtOnce) purge_at_ = clock_.now();  // there is more
+    });
+  });
+}
+
 // --- the end ------------------------------------------------------------------------------------
 
 void PgLimitStore::close(Nanos patience, std::function<void()> done) {
@@ -176,13 +204,13 @@ void PgLimitStore::flush_slots(std::function<void()> done) {
       [this, layer = std::move(layer), done = std::move(done), alive = alive_](Result<PgPool::Lease> got) {
         if (!*alive) return;
         if (!got.ok()) return done();
-        Lane& lane = *lanes_.back();
+        Lane& lane = *lanes_[lanes_.size() / 3];  // of slots
         auto trip = std::make_shared<Trip>(lane, OpBatcher::Batch{}, got.value());
         std::vector<std::string_view> groups;
         for (const Run& run : layer) groups.push_back(run.id());
         std::vector<Call> calls;
         calls.push_back({&backend_.limit_sql().lock, {Param::text(array_of_text(groups))}});
-        calls.push_back(slots_call(*trip, layer));
+        calls.push_back(decide_call(*trip, layer));
         count(calls, layer.size());
         trip->connection->run(std::move(calls), [this, trip, done, alive](const PipelineResult&) {
           if (!*alive) return;

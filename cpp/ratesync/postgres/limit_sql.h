@@ -13,8 +13,14 @@ namespace ratesync::postgres {
 
 // Quoted names, ready to be put into SQL.
 struct LimitTables {
-  std::string state;   // "schema"."table"
-  std::string leases;  // "schema"."table_leases"; empty: there is none, slots are counted in the state row
+  std::string state;  // "schema"."table"
+  std::string leases =
+      {};  // "schema"."table_leases"; empty: there is none, slots are counted in the state row
+  std::string windows = {};  // both empty: no windows
+  std::string log = {};
+  std::string waiters = {};  // empty: nobody is told that a slot came free
+
+  bool operator==(const LimitTables&) const = default;
 };
 
 struct LimitSql {
@@ -26,12 +32,11 @@ struct LimitSql {
   Statement rate;
   // $1 text[] groups, sorted by bytes: locks their rows, and makes those that are missing.
   Statement lock;
-  // After `lock`. $1..$5 as in rate ($3 to $5 NULL: no rate), $6 int8[] max_concurrent,
-  // with leases:    $7 int8[] slots held, $8 int8[] holder, $9 int8[] holder if that was lost,
-  //                 $10 int8[] lease us, $11 text who we are
-  // without leases: $7 int8[] slots given back since the last statement
-  // Row: ord, k, ahead, stamp, may (by rate alone), free (slots left), lost, wrote.
-  Statement slots;
+  // After `lock`: decide_sql.cc, parameters as decide_params() makes them. Row: ord, k, ahead, stamp,
+  // may (but for slots), free (slots left), lost, wrote; for windows also waits int8[] us of those
+  // granted, retry us of the next, units left, us until all is left.
+  Statement slots;    // token buckets and slots
+  Statement windows;  // windows too. Empty without their tables
   // $1 text[] group, $2 int8[] us, $3 int8[] stamp or NULL, $4 int4[] AdjustMode, $5 int8[] us per unit
   Statement adjust;
   // $1 text[]: the leases of groups that are being reset. Empty without leases.
@@ -40,6 +45,8 @@ struct LimitSql {
   Statement renew;
   // $1 text[] group, $2 int8[] us per unit (0 without rate). Row: ord, ahead, in use.
   Statement peek;
+  // window_sql.cc; empty without their tables. The purges take $1 int8: at most so many rows.
+  Statement adjust_windows, close_gaps, peek_windows, purge_log, purge_windows;
   // $1 int8 limit. Row: group, ahead of now us, version, in use.
   Statement list_groups;
   // $1 int8 limit. Row: group, holder, slots, held for us, expires in us. Empty without leases.

@@ -51,6 +51,17 @@ Status check_group(const std::string& id) {
                   length < 0 ? std::string("other bytes") : fmt::format("{} characters", length)));
 }
 
+// The statements divide by it.
+Status check_cost(const store::Group& group, std::int64_t cost) {
+  const limits::Params& params = group.params;
+  if (!params.is_window() || (cost >= 1 && cost <= params.limit && params.window >= kMicro))
+    return Status::success();
+  return Status::make(Code::invalid,
+                      fmt::format("cost: expected a whole number from 1 to the limit of {} per "
+                                  "window, got {}",
+                                  params.limit, cost));
+}
+
 store::Listing read_listing(const PipelineResult& result, std::size_t limit) {
   store::Listing out;
   const Rows& groups = *result.results[0];
@@ -89,10 +100,10 @@ PgLimitStore::PgLimitStore(asio::io_context& io, const Clock& clock, LimitBacken
       timer_(std::make_unique<asio::steady_timer>(io)),
       random_(std::random_device{}()) {
   const std::size_t count = std::max<std::size_t>(options_.lanes, 1);
-  for (const bool slots : {false, true})
+  for (const Kind kind : {Kind::rates, Kind::slots, Kind::windows})
     for (std::size_t i = 0; i < count; ++i)
       lanes_.push_back(
-          std::make_unique<Lane>(batch::BatcherOptions{options_.max_batch, options_.max_queue, 1}, slots));
+          std::make_unique<Lane>(batch::BatcherOptions{options_.max_batch, options_.max_queue, 1}, kind));
 }
 
 PgLimitStore::~PgLimitStore() { *alive_ = false; }
@@ -100,9 +111,12 @@ PgLimitStore::~PgLimitStore() { *alive_ = false; }
 // --- queueing -----------------------------------------------------------------------------------
 
 PgLimitStore::Lane& PgLimitStore::lane_of(const GroupRef& group) {
-  const std::size_t count = lanes_.size() / 2;
+  const std::size_t count = lanes_.size() / 3;
   const std::size_t hash = std::hash<std::string>{}(group->id);
-  return *lanes_[(group->params.has_concurrency() ? count : 0) + hash % count];
+  const Kind kind = group->params.has_concurrency() ? Kind::slots
+                    : group->params.is_window()     ? Kind::windows
+                                                    : Kind::rates;
+  return *lanes_[static_cast<std::size_t>(kind) * count + hash % count];
 }
 
 void PgLimitStore::fail(QueuedOp& op, const Status& status) {
@@ -139,7 +153,9 @@ void PgLimitStore::push(QueuedOp op) {
 }
 
 void PgLimitStore::acquire(AcquireOp* op) {
-  push(QueuedOp{QueuedOp::Kind::acquire, false, op->group, op, nullptr});
+  QueuedOp queued{QueuedOp::Kind::acquire, false, op->group, op, nullptr};
+  if (Status bad = check_cost(*op->group, op->cost); !bad.ok()) return fail(queued, bad);
+  push(std::move(queued));
 }
 
 bool PgLimitStore::abandon(AcquireOp* op) {
@@ -156,7 +172,7 @@ std::int64_t PgLimitStore::refund(const GroupRef& group, std::int64_t cost, std:
   side->units = -cost;
   side->stamp = stamp;
   push(QueuedOp{QueuedOp::Kind::refund, false, group, nullptr, std::move(side)});
-  return stamp - MicroRate(group->params).span(cost);
+  return stamp - (group->params.is_window() ? cost : MicroRate(group->params).span(cost));
 }
 
 void PgLimitStore::settle(const GroupRef& group, std::int64_t delta, store::Callback<store::Unit> done) {

@@ -2,8 +2,9 @@
 // server decide, deals the answers, and keeps leases alive. I/O thread only.
 //
 // Groups with max_concurrent travel in lanes of their own: their commits have to reach the disk,
-// those of pure rates need not, and one must not wait for the other. A trip takes its operations
-// only when it has a connection, so whoever gives up before that is simply taken out of the queue.
+// those of pure rates need not, and one must not wait for the other. So do windows: they are locked
+// first, token buckets are one statement. A trip takes its operations only when it has a connection,
+// so whoever gives up before that is simply taken out of the queue.
 #pragma once
 
 #include <asio/io_context.hpp>
@@ -35,6 +36,8 @@ class LimitBackend {
   virtual void when_ready(Connection::Done done) = 0;
   virtual PgPool& pool() = 0;
   virtual const LimitSql& limit_sql() const = 0;  // after when_ready
+  // Why there are no windows, with the cure. The schema is looked at anew before the next trip.
+  virtual Status no_windows() = 0;
   // The server's refusal in words, with table and schema. May look at the schema anew next time.
   virtual Status explain(const PipelineResult& result) = 0;
 };
@@ -47,7 +50,7 @@ struct LimitStoreOptions {
     on,         // as the server is configured
     off,        // nothing waits for the disk
   } durability = Durability::automatic;
-  std::size_t lanes = 2;  // trips at the same time, for rates and for slots each
+  std::size_t lanes = 2;  // trips at the same time, for rates, slots and windows each
   std::size_t max_batch = 1'000;
   std::size_t max_queue = 100'000;  // per lane
   std::string holder;               // who we are, for people: host:pid application
@@ -75,10 +78,12 @@ class PgLimitStore final : public store::LimitStore {
 
  private:
   using OpBatcher = batch::Batcher<QueuedOp>;
+  enum class Kind : std::uint8_t { rates, slots, windows };
   struct Lane {
-    explicit Lane(const batch::BatcherOptions& options, bool of_slots) : batcher(options), slots(of_slots) {}
+    Lane(const batch::BatcherOptions& options, Kind its_kind) : batcher(options), kind(its_kind) {}
+    [[nodiscard]] bool slots() const { return kind == Kind::slots; }
     OpBatcher batcher;
-    const bool slots;
+    const Kind kind;
     bool busy = false;  // a trip is under way or waits for its connection
   };
   struct Trip;
@@ -96,11 +101,14 @@ class PgLimitStore final : public store::LimitStore {
   void begin_trip(Lane& lane, OpBatcher::Batch batch, PgPool::Lease connection, unsigned in_a_row);
   void start_round(const TripPtr& trip);
   void drop_needless_restatements(OpList& pending);
+  void refuse_windows(OpList& pending);
   std::vector<Call> build_calls(Trip& trip);
-  Call slots_call(Trip& trip, const Layer& layer);
+  void add_adjustments(const TripPlan& plan, std::vector<Call>& calls);
+  Call decide_call(Trip& trip, const Layer& layer);
   void answered(TripPtr trip, PipelineResult result);
   void deal_layer(Trip& trip, const Layer& layer, const Rows& rows, Dealt& dealt);
-  void deal_sides(Trip& trip, const PipelineResult& result, Dealt& dealt);
+  void deal_peeks(Trip& trip, const PipelineResult& result, Dealt& dealt);
+  void deal_sides(Trip& trip, Dealt& dealt);
   void failed(const TripPtr& trip, const PipelineResult& result);
   void retry_later(const TripPtr& trip);
   void put_back(Trip& trip, bool in_doubt);
@@ -113,21 +121,24 @@ class PgLimitStore final : public store::LimitStore {
   void arm(Nanos at);
   void tick();
   void renew(std::vector<Holding*> due);
+  void purge();
   void flush_slots(std::function<void()> done);
   void maybe_closed();
   [[nodiscard]] bool leases() const { return !backend_.limit_sql().renew.sql.empty(); }
+  [[nodiscard]] bool windows() const { return !backend_.limit_sql().windows.sql.empty(); }
   void count(const std::vector<Call>& calls, std::size_t ops);
 
   asio::io_context& io_;
   const Clock& clock_;
   LimitBackend& backend_;
   const LimitStoreOptions options_;
-  std::vector<std::unique_ptr<Lane>> lanes_;  // first those of rates, then those of slots
+  std::vector<std::unique_ptr<Lane>> lanes_;  // by kind
   std::unordered_map<store::AcquireOp*, batch::Ticket> tickets_;
   Holders holders_;
   std::function<void(const std::string&, store::HolderId)> lost_;
   std::unique_ptr<asio::steady_timer> timer_;
   Nanos armed_ = kForever;
+  Nanos purge_at_ = 0;
   std::minstd_rand random_;
   store::Stats stats_;
   std::size_t trips_ = 0;

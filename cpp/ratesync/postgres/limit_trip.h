@@ -25,9 +25,9 @@ struct PgLimitStore::Trip {
   std::vector<OpList> parked;    // cut off because one of `pending` is bad; the last comes first
   TripPlan plan;                 // of the round under way
   std::vector<Holding*> stated;  // what the round states about slots, run by run
-  std::size_t adjust_call = 0, layer_call = 0, peek_call = 0;  // indexes into the pipeline
-  unsigned attempt = 1;                                        // of the round
-  unsigned lost_races = 0;                                     // rounds in a row in which an insert was lost
+  std::size_t layer_call = 0, peek_call = 0, window_peek_call = 0;  // indexes into the pipeline
+  unsigned attempt = 1;                                             // of the round
+  unsigned lost_races = 0;  // rounds in a row in which an insert was lost
   Nanos sent = 0;
 };
 

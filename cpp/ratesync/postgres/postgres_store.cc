@@ -229,14 +229,24 @@ void PostgresStore::check_again(const PgPool::Lease& connection, Status creation
 }
 
 void PostgresStore::use(const Catalogue& found) {
-  const bool leases = found.leases_usable();
-  if (!sql_ || leases != with_leases_) {
-    LimitTables tables{names_.quoted(names_.state), leases ? names_.quoted(names_.leases) : std::string()};
+  const auto where = [this](bool usable, const std::string& table) {
+    return usable ? names_.quoted(table) : std::string();
+  };
+  LimitTables tables{names_.quoted(names_.state), where(found.leases_usable(), names_.leases),
+                     where(found.windows_usable(), names_.windows), where(found.windows_usable(), names_.log),
+                     where(found.waiters_usable(), names_.waiters)};
+  no_windows_ = check_windows(names_, found, options_.auto_create);
+  if (!sql_ || tables != tables_) {
     all_sql_.push_back(std::make_unique<LimitSql>(make_limit_sql(tables)));
     sql_ = all_sql_.back().get();
-    with_leases_ = leases;
+    tables_ = std::move(tables);
   }
   ready_ = true;
+}
+
+Status PostgresStore::no_windows() {
+  ready_ = false;
+  return no_windows_;
 }
 
 void PostgresStore::checked(Status status) {

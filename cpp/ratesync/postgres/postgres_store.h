@@ -34,7 +34,7 @@ struct PostgresOptions {
   std::string synchronous_commit = "auto";
   bool unlogged = false;                 // auto_create makes UNLOGGED tables: emptied by a crash
   std::string statement_cache = "auto";  // auto: unless a pooler sits in between
-  std::size_t lanes = 2;                 // trips at the same time, for rates and for slots each
+  std::size_t lanes = 2;                 // trips at the same time, for rates, slots and windows each
 };
 
 class PostgresStore final : public store::Store, private LimitBackend {
@@ -65,6 +65,7 @@ class PostgresStore final : public store::Store, private LimitBackend {
   void when_ready(Connection::Done done) override;
   PgPool& pool() override { return *pool_; }
   const LimitSql& limit_sql() const override { return *sql_; }
+  Status no_windows() override;
   Status explain(const PipelineResult& result) override;
 
   void look(const PgPool::Lease& connection, OnCatalogue done);
@@ -82,10 +83,11 @@ class PostgresStore final : public store::Store, private LimitBackend {
   const ErrorContext context_;
   std::unique_ptr<PgPool> pool_;
   // Pipelines under way point into the statements, so older sets are kept; a new one is made only
-  // when the leases table came or went.
+  // when a table came or went.
   std::vector<std::unique_ptr<LimitSql>> all_sql_;
   const LimitSql* sql_ = nullptr;
-  bool with_leases_ = false;
+  LimitTables tables_;
+  Status no_windows_;
   bool ready_ = false;
   bool checking_ = false;
   std::vector<Connection::Done> waiting_;

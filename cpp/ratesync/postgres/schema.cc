@@ -22,7 +22,7 @@ std::string fitting(std::string name) { return name.size() <= kIdentifierBytes ?
 
 // One column each; a NUL or a quote in a name cannot break it, names travel as parameters.
 constexpr const char* kCatalogue = R"(
-WITH names AS (SELECT $1::text AS schema_name, ARRAY[$2::text, $3::text, $4::text] AS tables),
+WITH names AS (SELECT $1::text AS schema_name, ARRAY[$2, $3, $4, $5, $6, $7]::text[] AS tables),
 space AS (SELECT n.oid FROM pg_catalog.pg_namespace AS n, names WHERE n.nspname = names.schema_name),
 tables AS (
   SELECT c.oid, c.relname, c.relowner FROM pg_catalog.pg_class AS c, space, names
@@ -50,6 +50,10 @@ WHERE t.relname = (SELECT tables[1] FROM names))";
 const char* const kStateColumns[] = {"group_id",           "last_acquisition_at", "version",
                                      "current_concurrent", "created_at",          "updated_at"};
 const char* const kLeaseColumns[] = {"group_id", "holder_id", "holder", "slots", "acquired_at", "expires_at"};
+const char* const kWindowColumns[] = {"group_id", "algorithm", "total",     "dealt_at",
+                                      "current",  "previous",  "expires_at"};
+const char* const kLogColumns[] = {"group_id", "seq", "units", "dealt_at", "expires_at"};
+const char* const kWaiterColumns[] = {"group_id", "waiter_id", "since", "expires_at"};
 
 template <std::size_t N>
 std::string missing_columns(const Catalogue::Table& table, const char* const (&wanted)[N]) {
@@ -77,18 +81,10 @@ std::string create_state(const TableNames& n, const Catalogue& found, const Sche
   return sql;
 }
 
-// Whoever may write the state row may write leases: the owner runs `migrate`, another role works.
-std::string create_leases(const TableNames& n, const SchemaOptions& options) {
+// Whoever may write the state row may write the other tables: the owner runs `migrate`, another
+// role works.
+std::string pass_on_grants(const TableNames& n, const std::string& table) {
   return fmt::format(
-      "CREATE {0}TABLE IF NOT EXISTS {1} (\n"
-      "    group_id VARCHAR(255) NOT NULL,\n"
-      "    holder_id BIGINT NOT NULL,\n"
-      "    holder TEXT NOT NULL,\n"
-      "    slots INTEGER NOT NULL,\n"
-      "    acquired_at TIMESTAMPTZ NOT NULL,\n"
-      "    expires_at TIMESTAMPTZ NOT NULL,\n"
-      "    PRIMARY KEY (group_id, holder_id)\n"
-      ") WITH (fillfactor = 70);\n"
       "DO $ratesync$\n"
       "DECLARE grantee text;\n"
       "BEGIN\n"
@@ -96,13 +92,69 @@ std::string create_leases(const TableNames& n, const SchemaOptions& options) {
       "    SELECT CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(a.grantee)) END\n"
       "    FROM pg_catalog.pg_class AS c JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace,\n"
       "         aclexplode(c.relacl) AS a\n"
-      "    WHERE n.nspname = {2} AND c.relname = {3} AND a.privilege_type = 'UPDATE'\n"
+      "    WHERE n.nspname = {0} AND c.relname = {1} AND a.privilege_type = 'UPDATE'\n"
       "  LOOP\n"
-      "    EXECUTE format('GRANT SELECT, INSERT, UPDATE, DELETE ON %s TO %s', {4}, grantee);\n"
+      "    EXECUTE format('GRANT SELECT, INSERT, UPDATE, DELETE ON %s TO %s', {2}, grantee);\n"
       "  END LOOP;\n"
       "END $ratesync$;\n",
-      options.unlogged ? "UNLOGGED " : "", n.quoted(n.leases), literal(n.schema), literal(n.state),
-      literal(n.quoted(n.leases)));
+      literal(n.schema), literal(n.state), literal(n.quoted(table)));
+}
+
+std::string create_leases(const TableNames& n, const SchemaOptions& options) {
+  return fmt::format(
+             "CREATE {0}TABLE IF NOT EXISTS {1} (\n"
+             "    group_id VARCHAR(255) NOT NULL,\n"
+             "    holder_id BIGINT NOT NULL,\n"
+             "    holder TEXT NOT NULL,\n"
+             "    slots INTEGER NOT NULL,\n"
+             "    acquired_at TIMESTAMPTZ NOT NULL,\n"
+             "    expires_at TIMESTAMPTZ NOT NULL,\n"
+             "    PRIMARY KEY (group_id, holder_id)\n"
+             ") WITH (fillfactor = 70);\n",
+             options.unlogged ? "UNLOGGED " : "", n.quoted(n.leases)) +
+         pass_on_grants(n, n.leases);
+}
+
+// Times are microseconds since 1970 where sums are done with them. expires_at is for the purge alone.
+std::string create_windows(const TableNames& n, const SchemaOptions& options) {
+  return fmt::format(
+             "CREATE {0}TABLE IF NOT EXISTS {1} (\n"
+             "    group_id VARCHAR(255) PRIMARY KEY,\n"
+             "    algorithm SMALLINT NOT NULL,\n"
+             "    total BIGINT NOT NULL,\n"
+             "    dealt_at BIGINT NOT NULL,\n"
+             "    current BIGINT NOT NULL,\n"
+             "    previous BIGINT NOT NULL,\n"
+             "    expires_at TIMESTAMPTZ NOT NULL\n"
+             ") WITH (fillfactor = 70);\n"
+             "CREATE INDEX IF NOT EXISTS {2} ON {1} (expires_at);\n"
+             "CREATE {0}TABLE IF NOT EXISTS {3} (\n"
+             "    group_id VARCHAR(255) NOT NULL,\n"
+             "    seq BIGINT NOT NULL,\n"
+             "    units BIGINT NOT NULL,\n"
+             "    dealt_at BIGINT NOT NULL,\n"
+             "    expires_at TIMESTAMPTZ NOT NULL,\n"
+             "    PRIMARY KEY (group_id, seq)\n"
+             ");\n"
+             "CREATE INDEX IF NOT EXISTS {4} ON {3} (expires_at);\n",
+             options.unlogged ? "UNLOGGED " : "", n.quoted(n.windows),
+             quote_identifier("idx_" + n.state + "_wend"), n.quoted(n.log),
+             quote_identifier("idx_" + n.state + "_wlog")) +
+         pass_on_grants(n, n.windows) + pass_on_grants(n, n.log);
+}
+
+// Always UNLOGGED: who waits is of no interest after a crash.
+std::string create_waiters(const TableNames& n) {
+  return fmt::format(
+             "CREATE UNLOGGED TABLE IF NOT EXISTS {0} (\n"
+             "    group_id VARCHAR(255) NOT NULL,\n"
+             "    waiter_id BIGINT NOT NULL,\n"
+             "    since TIMESTAMPTZ NOT NULL,\n"
+             "    expires_at TIMESTAMPTZ NOT NULL,\n"
+             "    PRIMARY KEY (group_id, waiter_id)\n"
+             ") WITH (fillfactor = 70);\n",
+             n.quoted(n.waiters)) +
+         pass_on_grants(n, n.waiters);
 }
 
 std::string convert_legacy(const TableNames& n) {
@@ -131,20 +183,31 @@ std::string state_grants(const TableNames& n, const Catalogue& found) {
                      quote_identifier(found.user));
 }
 
-std::string lease_grants(const TableNames& n, const Catalogue& found) {
-  return fmt::format("GRANT SELECT, INSERT, UPDATE, DELETE ON {} TO {};", n.quoted(n.leases),
+std::string full_grants(const std::string& tables, const Catalogue& found) {
+  return fmt::format("GRANT SELECT, INSERT, UPDATE, DELETE ON {} TO {};", tables,
                      quote_identifier(found.user));
 }
 
 bool writable(const Catalogue::Table& t) { return t.can_select && t.can_insert && t.can_update; }
+
+template <std::size_t N>
+bool usable(const Catalogue::Table& t, const char* const (&columns)[N]) {
+  return writable(t) && t.can_delete && missing_columns(t, columns).empty();
+}
 
 }  // namespace
 
 Result<TableNames> TableNames::make(const std::string& schema, const std::string& table) {
   if (Status bad = check_identifier("schema_name", schema); !bad.ok()) return bad;
   if (Status bad = check_identifier("table_name", table); !bad.ok()) return bad;
-  return TableNames{schema, table, fitting(table + "_leases"), fitting(table + "_migrations"),
-                    fitting("idx_" + table + "_updated")};
+  return TableNames{schema,
+                    table,
+                    fitting(table + "_leases"),
+                    fitting(table + "_migrations"),
+                    fitting("idx_" + table + "_updated"),
+                    fitting(table + "_windows"),
+                    fitting(table + "_window_log"),
+                    fitting(table + "_waiters")};
 }
 
 std::string TableNames::quoted(const std::string& table) const {
@@ -156,9 +219,9 @@ bool Catalogue::legacy() const {
          !state.columns.contains("current_concurrent");
 }
 
-bool Catalogue::leases_usable() const {
-  return writable(leases) && leases.can_delete && missing_columns(leases, kLeaseColumns).empty();
-}
+bool Catalogue::leases_usable() const { return usable(leases, kLeaseColumns); }
+bool Catalogue::windows_usable() const { return usable(windows, kWindowColumns) && usable(log, kLogColumns); }
+bool Catalogue::waiters_usable() const { return usable(waiters, kWaiterColumns); }
 
 const Statement& catalogue_statement() {
   static const Statement statement{"", kCatalogue};
@@ -166,7 +229,8 @@ const Statement& catalogue_statement() {
 }
 
 std::vector<Param> catalogue_params(const TableNames& n) {
-  return {Param::text(n.schema), Param::text(n.state), Param::text(n.leases), Param::text(n.migrations)};
+  return {Param::text(n.schema),  Param::text(n.state), Param::text(n.leases), Param::text(n.migrations),
+          Param::text(n.windows), Param::text(n.log),   Param::text(n.waiters)};
 }
 
 Result<Catalogue> read_catalogue(const TableNames& names, const Rows& rows) {
@@ -204,6 +268,9 @@ Result<Catalogue> read_catalogue(const TableNames& names, const Rows& rows) {
   out.state = tables[names.state];
   if (!names.leases.empty()) out.leases = tables[names.leases];
   if (!names.migrations.empty()) out.migrations = tables[names.migrations];
+  if (!names.windows.empty()) out.windows = tables[names.windows];
+  if (!names.log.empty()) out.log = tables[names.log];
+  if (!names.waiters.empty()) out.waiters = tables[names.waiters];
   return out;
 }
 
@@ -215,6 +282,8 @@ std::vector<MigrationStep> migration_steps(const TableNames& n, const Catalogue&
       {1, "create_state_table", create_state(n, found, options), found.state.exists},
       {2, "create_leases_table", create_leases(n, options), found.leases.exists},
       {3, "convert_rate_sync_0_2", convert_legacy(n), !found.legacy()},
+      {4, "create_window_tables", create_windows(n, options), found.windows.exists && found.log.exists},
+      {5, "create_waiters_table", create_waiters(n), found.waiters.exists},
   };
 }
 
@@ -284,10 +353,31 @@ Status check_catalogue(const TableNames& n, const Catalogue& found, bool auto_cr
                             table, table));
   // Counting without leases beside others who count with them would grant too much.
   if (found.leases.exists && !found.leases_usable())
-    return fail("42501",
-                fmt::format("table {} exists, but role {} may not use it: run as its owner: {}",
-                            n.quoted(n.leases), quote_identifier(found.user), lease_grants(n, found)));
+    return fail("42501", fmt::format("table {} exists, but role {} may not use it: run as its owner: {}",
+                                     n.quoted(n.leases), quote_identifier(found.user),
+                                     full_grants(n.quoted(n.leases), found)));
   return Status::success();
+}
+
+Status check_windows(const TableNames& n, const Catalogue& found, bool auto_create) {
+  if (found.windows_usable()) return Status::success();
+  const auto fail = [](const char* sqlstate, std::string message) {
+    return Status::make(Code::server, "sliding_window, sliding_counter and fixed_window: " + message,
+                        sqlstate);
+  };
+  if (!n.can_migrate())
+    return fail("42P01", fmt::format("table_name {} is too long for the names derived from it (at most 51 "
+                                     "bytes), so their tables cannot be made",
+                                     quote_identifier(n.state)));
+  const std::string tables = n.quoted(n.windows) + ", " + n.quoted(n.log);
+  if (!found.windows.exists || !found.log.exists)
+    return fail(
+        "42P01",
+        fmt::format("tables {} do not exist: {}run `ratesync migrate` as the owner of {}", tables,
+                    auto_create ? "auto_create = true could not make them; " : "set auto_create = true, or ",
+                    n.quoted(n.state)));
+  return fail("42501", fmt::format("role {} may not use tables {}: run as their owner: {}",
+                                   quote_identifier(found.user), tables, full_grants(tables, found)));
 }
 
 std::vector<Finding> schema_findings(const TableNames& n, const Catalogue& found, bool auto_create) {
@@ -333,6 +423,24 @@ std::vector<Finding> schema_findings(const TableNames& n, const Catalogue& found
             n.quoted(n.leases)));
   else if (found.leases_usable())
     add(Level::ok, "leases", fmt::format("{} is there: slots of dead holders expire", n.quoted(n.leases)));
+  if (const Status windows = check_windows(n, found, auto_create); windows.ok())
+    add(Level::ok, "windows", fmt::format("{} and {} are there", n.quoted(n.windows), n.quoted(n.log)));
+  else if (status.ok())
+    add(Level::warning, "windows", windows.message);
+  if (found.waiters_usable())
+    add(Level::ok, "waiters",
+        fmt::format("{} is there: a release wakes waiters of other processes", n.quoted(n.waiters)));
+  else if (status.ok() && found.waiters.exists)
+    add(Level::warning, "waiters",
+        fmt::format(
+            "role {} may not use table {}, so waiters for a slot ask now and then: run as its owner: {}",
+            quote_identifier(found.user), n.quoted(n.waiters), full_grants(n.quoted(n.waiters), found)));
+  else if (status.ok() && n.can_migrate())
+    add(Level::warning, "waiters",
+        fmt::format(
+            "table {} is missing: waiters for a slot that another process holds ask now and then; run "
+            "`ratesync migrate` as the owner",
+            n.quoted(n.waiters)));
   if (found.isolation != "read committed")
     add(Level::warning, "isolation",
         fmt::format(

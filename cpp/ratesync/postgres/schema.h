@@ -22,10 +22,15 @@ struct TableNames {
   std::string leases;      // state + "_leases"; empty when that name would be cut at 63 bytes
   std::string migrations;  // state + "_migrations", likewise
   std::string index;       // "idx_" + state + "_updated", likewise
+  std::string windows;     // state + "_windows", likewise
+  std::string log;         // state + "_window_log", likewise
+  std::string waiters;     // state + "_waiters", likewise
 
   // Checks lengths and characters. The derived names may be empty, see above.
   static Result<TableNames> make(const std::string& schema, const std::string& table);
-  [[nodiscard]] bool can_migrate() const { return !leases.empty() && !migrations.empty() && !index.empty(); }
+  [[nodiscard]] bool can_migrate() const {
+    return !leases.empty() && !migrations.empty() && !index.empty() && !log.empty();
+  }
   [[nodiscard]] std::string quoted(const std::string& table) const;  // "schema"."table"
 };
 
@@ -42,12 +47,14 @@ struct Catalogue {
     bool owned = false;                          // by the user or a role that it is a member of
     std::map<std::string, std::string> columns;  // name → type, as format_type prints it
   };
-  Table state, leases, migrations;
+  Table state, leases, migrations, windows, log, waiters;
   bool updated_index = false;  // some index whose first column is updated_at
   bool group_key = false;      // a unique index on group_id alone
 
   [[nodiscard]] bool legacy() const;  // made by rate-sync 0.2
   [[nodiscard]] bool leases_usable() const;
+  [[nodiscard]] bool windows_usable() const;  // both of their tables
+  [[nodiscard]] bool waiters_usable() const;
 };
 
 const Statement& catalogue_statement();
@@ -67,6 +74,8 @@ std::string migration_script(const TableNames& names, const std::vector<store::M
 
 // Ok when the store can work; else what is missing and the cure.
 Status check_catalogue(const TableNames& names, const Catalogue& found, bool auto_create);
+// Why windows do not work, with the cure; ok when they do.
+Status check_windows(const TableNames& names, const Catalogue& found, bool auto_create);
 // The same and more, as a list.
 std::vector<store::Finding> schema_findings(const TableNames& names, const Catalogue& found,
                                             bool auto_create);
