@@ -23,7 +23,12 @@ from ratesync.cli._common import Failure, make_console
 from ratesync.cli._trace import Request, read_trace
 from ratesync.config import Config, read_config
 from ratesync.engines.memory import MemoryRateLimiter
-from ratesync.errors import AcquireTimeoutError, ConfigValidationError, LimiterNotFoundError
+from ratesync.errors import (
+    AcquireTimeoutError,
+    ConfigValidationError,
+    LimiterNotFoundError,
+    RateLimiterError,
+)
 from ratesync.limits import StoreLimiter
 from ratesync.stores import Store
 
@@ -141,11 +146,13 @@ class _Simulation:
             store = stores[options.store]
             self._limiters[limiter_id] = MemoryRateLimiter.on_store(store, limiter_id, simulated)
             self.tallies[limiter_id] = _Tally()
-        self._ends: list[tuple[int, int, Permit, _Tally]] = []  # a heap of held slots
+        self._ends: list[tuple[int, int, Permit, _Tally, bool]] = []  # a heap of held slots
         self._ended = 0
         self._order = 0
         self._waiting: set[asyncio.Task[None]] = set()
-        self._under_way = False  # a release that the engine's thread may not have seen
+        self._timer: int | None = None  # the engine's next one, unless `_stale`
+        self._stale = False  # the engine's thread has something to do, or it has something to tell
+        self._failure: Failure | None = None
         self._now = self._engine.now_ns()
 
     async def run(self, requests: list[Request]) -> None:
@@ -165,41 +172,45 @@ class _Simulation:
             for task in self._waiting:
                 task.cancel()
             await asyncio.gather(*self._waiting, return_exceptions=True)
-            for _, _, permit, _ in self._ends:
+            for _, _, permit, _, _ in self._ends:
                 permit.release()
             self._engine.shutdown()
 
     async def _until(self, target: int | None) -> None:
         """Lets everything happen that happens before `target`, or the next thing when it is None."""
         while True:
-            timer = await self._settle() if self._waiting else None
-            due = [
-                moment for moment in (timer, self._ends[0][0] if self._ends else None) if moment is not None
-            ]
-            moment = min(due, default=None)
+            if self._stale:
+                await self._settle()
+            end = self._ends[0][0] if self._ends else None
+            moment = min((at for at in (self._timer, end) if at is not None), default=None)
             if moment is None or (target is not None and moment > target):
                 break
-            self._step(moment)
-            await self._turn()
+            self._move(moment)
+            if self._timer is not None and self._timer <= self._now:
+                await self._settle()
             while self._ends and self._ends[0][0] <= self._now:
-                _, _, permit, tally = heapq.heappop(self._ends)
-                self._release(permit, tally)
+                _, _, permit, tally, waited = heapq.heappop(self._ends)
+                self._release(permit, tally, waited)
             if target is None:
                 return
         if target is not None:
-            self._step(target)
+            self._move(target)
 
-    def _step(self, to: int) -> None:
+    def _move(self, to: int) -> None:
+        """Moves the clock only; what is due by then is fired by `_settle`."""
         self._now = max(self._now, to)
-        self._engine.step(self._now, not self._waiting and not self._under_way)
-        self._under_way = False
+        self._engine.step(self._now, True)
 
-    async def _settle(self) -> int | None:
-        """Lets what was started reach the engine, and what it answered arrive. The next timer's moment."""
+    async def _settle(self) -> None:
+        """Lets what was started reach the engine, what is due be fired, and what it answered arrive."""
         while True:
-            timer = self._engine.step(self._now, False)
-            if not await self._turn():
-                return timer
+            self._timer = self._engine.step(self._now, False)
+            ended = await self._turn()
+            if self._failure is not None:
+                raise self._failure
+            if not ended:
+                self._stale = False
+                return
 
     async def _turn(self) -> bool:
         """Runs the tasks that were woken; whether any ended."""
@@ -230,8 +241,9 @@ class _Simulation:
             raise Failure(f"{self._trace}:{request.line}: {error}") from None
         if entering is permit:
             tally.at_once += 1
-            self._granted(permit, request, tally)
+            self._granted(permit, request, tally, False)
             return
+        self._stale = True
         task = asyncio.get_running_loop().create_task(self._wait(entering, permit, request, tally))
         self._waiting.add(task)
         task.add_done_callback(self._waiting.discard)
@@ -243,29 +255,31 @@ class _Simulation:
             await entering
         except AcquireTimeoutError as refusal:
             self._refused(tally, refusal)
-        except ConfigValidationError as error:
-            raise Failure(f"{self._trace}:{request.line}: {error}") from None
+        except RateLimiterError as error:
+            self._failure = Failure(f"{self._trace}:{request.line}: {error}")
         else:
             if permit.waited > 0:
                 tally.waits.append(permit.waited)
             else:
                 tally.at_once += 1
-            self._granted(permit, request, tally)
+            self._granted(permit, request, tally, True)
         finally:
             self._ended += 1
 
-    def _granted(self, permit: Permit, request: Request, tally: _Tally) -> None:
+    def _granted(self, permit: Permit, request: Request, tally: _Tally, waited: bool) -> None:
         tally.began()
         if request.duration == 0:
-            self._release(permit, tally)
+            self._release(permit, tally, waited)
             return
         self._order += 1
-        heapq.heappush(self._ends, (self._now + request.duration, self._order, permit, tally))
+        end = self._now + request.duration
+        heapq.heappush(self._ends, (end, self._order, permit, tally, waited))
 
-    def _release(self, permit: Permit, tally: _Tally) -> None:
+    def _release(self, permit: Permit, tally: _Tally, waited: bool) -> None:
         tally.held -= 1
         permit.release()
-        self._under_way = True
+        # The slot of one that waited is given back by the engine's thread, which also wakes the next.
+        self._stale = self._stale or waited or bool(self._waiting)
 
     def _refused(self, tally: _Tally, refusal: AcquireTimeoutError) -> None:
         reason = refusal.reason or "timeout"
