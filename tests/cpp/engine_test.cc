@@ -139,6 +139,39 @@ TEST(Races, ShutdownInTheMiddleAnswersEverybody) {
   }
 }
 
+TEST(Stepping, FiresWhatIsDueAndTellsWhatIsNext) {
+  Engine engine(true);
+  StoreEntry* entry = engine.add_store("m", "memory", {}).value();
+  auto limiter = std::make_shared<LimiterCore>();
+  limiter->group = std::make_shared<const store::Group>("g", params(1, 0));
+  limiter->service = entry->limits.get();
+  auto target = std::make_shared<LoopTarget>();
+  const Nanos begin = engine.clock().now();
+  EXPECT_EQ(engine.step(begin, false), kForever) << "nothing waits";
+  for (int i = 0; i < 3; ++i) {
+    auto* task = new AcquireTask(limiter);
+    task->group = limiter->group;
+    task->submitted = begin;
+    task->target = target;
+    ASSERT_TRUE(engine.submit(StartTask{task}));
+  }
+  EXPECT_EQ(engine.step(begin, false), begin + kSecond);
+  EXPECT_EQ(engine.step(begin + kSecond / 2, true), kForever) << "only the clock";
+  EXPECT_EQ(engine.clock().now(), begin + kSecond / 2);
+  EXPECT_EQ(engine.step(begin, false), begin + kSecond) << "time does not go back";
+  EXPECT_EQ(engine.clock().now(), begin + kSecond / 2);
+  EXPECT_EQ(engine.step(begin + kSecond, false), begin + 2 * kSecond);
+  EXPECT_EQ(engine.step(begin + 9 * kSecond, false), kForever);
+  int granted = 0;
+  for (Completion* completion = target->take(); completion; ++granted) {
+    Completion* next = completion->next;
+    completion->unref();
+    completion = next;
+  }
+  EXPECT_EQ(granted, 3);
+  engine.shutdown();
+}
+
 TEST(Races, AManualClockMovedWhileOthersSubmit) {
   Engine engine(true);
   StoreEntry* entry = engine.add_store("m", "memory", {}).value();

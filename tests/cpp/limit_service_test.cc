@@ -10,6 +10,56 @@ namespace {
 using store::Verdict;
 using Local = Rig<memory::MemoryStore>;
 
+// --- what is counted and told ---------------------------------------------------------------------
+
+TEST(Counted, EveryGrantIsInOneBucketOfTheHistogram) {
+  Local rig(params(100, 0));
+  for (int i = 0; i < 4; ++i) rig.start();
+  rig.pass(50 * kMilli);
+  const auto& waits = rig.limiter->counters.waits;
+  EXPECT_EQ(waits[0], 1U) << "at once";
+  EXPECT_EQ(waits[2], 1U) << "10 ms, the bucket's upper bound";
+  EXPECT_EQ(waits[3], 1U) << "20 ms";
+  EXPECT_EQ(waits[4], 1U) << "30 ms";
+  EXPECT_EQ(rig.limiter->counters.acquisitions, 4U);
+}
+
+TEST(Counted, WhatWaitedLongerThanTheLastBoundHasABucketOfItsOwn) {
+  Local rig(params(0.05, 0));
+  rig.start();
+  rig.start();
+  rig.run(20 * kSecond);
+  EXPECT_EQ(rig.limiter->counters.waits.back(), 1U);
+}
+
+TEST(Counted, LostRacesBelongToTheLimiterAlsoWhenNothingIsGranted) {
+  Slow rig(params(1, 0));
+  rig.start();
+  rig.store.asked.front()->conflicts = 3;
+  rig.store.grant();
+  rig.start(0);
+  rig.store.asked.front()->conflicts = 2;
+  rig.store.refuse(Verdict::rate_limited);
+  EXPECT_EQ(rig.limiter->counters.cas_failures, 5U);
+}
+
+TEST(Told, WhenAllIsBackIsAMomentAndNotASpan) {
+  Slow rig(params(1, 0));
+  AcquireTask* task = rig.start();
+  store::AcquireReply reply;
+  reply.wait = 2 * kSecond;
+  reply.full_after = 5 * kSecond;
+  const Nanos asked = rig.clock.now();
+  rig.store.answer(reply);
+  rig.run(2 * kSecond);
+  ASSERT_TRUE(rig.done(task));
+  EXPECT_EQ(task->full_at, asked + 5 * kSecond);
+  AcquireTask* silent = rig.start();
+  rig.store.grant();
+  ASSERT_TRUE(rig.done(silent));
+  EXPECT_LT(silent->full_at, 0) << "a store that does not say";
+}
+
 // --- failure policy -------------------------------------------------------------------------------
 
 Policy policy(bool closed, Nanos budget = kSecond / 4) {

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import assert_type
 
+from starlette.requests import Request
+from starlette.responses import Response
+
 import ratesync
+from ratesync.contrib.fastapi import RateLimitDependency, get_client_ip, validate_ip
+from ratesync.contrib.otel import traced_acquire
 
 
 async def in_asyncio() -> None:
@@ -12,6 +17,8 @@ async def in_asyncio() -> None:
         assert_type(permit, ratesync.Permit)
         assert_type(permit.waited, float)
         assert_type(permit.lost, bool)
+        assert_type(permit.reset_after, float | None)
+        assert_type(permit.passed_open, bool)
     assert_type(await ratesync.acquire("api"), ratesync.Permit)
     async with ratesync.acquire("global", "tenant:7", "upload", timeout=30, cost=2) as permit:
         assert_type(permit, ratesync.Permit)
@@ -62,3 +69,18 @@ def mistakes() -> None:
     ratesync.configure_limiter("api", rate_per_second="1")  # type: ignore[arg-type]
     ratesync.get_limiter("api").rate_per_second = 5  # type: ignore[misc]
     ratesync.try_acquire("api", key=5)  # type: ignore[arg-type]
+
+
+async def in_fastapi(request: Request, response: Response) -> None:
+    limit = RateLimitDependency("api", lambda request: request.headers["x-user"], headers="ietf")
+    await limit(request, response)
+    assert_type(get_client_ip(request), str)
+    assert_type(validate_ip("::1"), str | None)
+    RateLimitDependency("api", headers="modern")  # type: ignore[arg-type]
+
+
+async def traced() -> None:
+    async with traced_acquire("api", 2, key="k") as permit:
+        assert_type(permit, ratesync.Permit)
+    with traced_acquire("api") as permit:
+        assert_type(permit, ratesync.Permit)
