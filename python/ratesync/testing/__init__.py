@@ -20,6 +20,7 @@ from ratesync.limits import RateLimiter
 if TYPE_CHECKING:
     from ratesync.testing.clock import ManualClock
     from ratesync.testing.limit_contract import LimitContract
+    from ratesync.testing.multi_contract import MultiLimitContract
     from ratesync.testing.postgres import PostgresServer
     from ratesync.testing.proxy import TcpProxy
     from ratesync.testing.redis import RedisServer
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LimitContract",
     "ManualClock",
+    "MultiLimitContract",
     "PostgresServer",
     "RedisCluster",
     "RedisSentinel",
@@ -42,6 +44,7 @@ log = logging.getLogger("ratesync")
 _LAZY = {
     "LimitContract": "limit_contract",
     "ManualClock": "clock",
+    "MultiLimitContract": "multi_contract",
     "PostgresServer": "postgres",
     "RedisCluster": "redis_topology",
     "RedisSentinel": "redis_topology",

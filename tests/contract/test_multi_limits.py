@@ -1,0 +1,15 @@
+"""The contract of several limits in one acquire, held against every store."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ratesync.testing.multi_contract import MultiLimitContract
+
+
+class TestMemory(MultiLimitContract):
+    @pytest.fixture
+    def store_options(self) -> dict[str, Any]:
+        return {"engine": "memory"}
