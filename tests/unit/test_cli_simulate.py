@@ -99,8 +99,10 @@ def test_costs_and_bursts() -> None:
     ],
 )
 def test_headers_delimiters_and_kinds_of_time(trace: str) -> None:
-    Path("bom.csv").write_bytes(b"\xef\xbb\xbf" + trace.encode())
     found = report("[limiters.api]\nrate_per_second = 1\n", trace)
+    Path("t.csv").write_bytes(b"\xef\xbb\xbf" + trace.replace("\n", "\r\n").encode())  # as Excel writes it
+    again = CliRunner().invoke(cli, ["simulate", "rs.toml", "--trace", "t.csv", "--json"])
+    assert json.loads(again.output) == found
     assert found["trace"] == {"requests": 2, "from": 1700000000.0, "to": 1700000000.5}
     assert found["limiters"]["api"]["wait_max"] == pytest.approx(0.5, abs=1e-6)
 
@@ -129,6 +131,7 @@ def test_a_log_of_times_only_from_standard_input() -> None:
         ("timestamp,limiter,timeout\n1,api,inf\n", "t.csv:2: timeout 'inf'"),
         ("timestamp,limiter,key\n1,api," + "k" * 300 + "\n", "t.csv:2: limiter name and key are too long"),
         ("timestamp,limiter,cost,timeout\n1,api,5,0\n", "t.csv:2: this cost can never be had at once"),
+        ("timestamp,limiter\n1,api\n2," + "x" * 200_000 + "\n", "t.csv:3: not valid CSV: field larger"),
         ("timestamp,key\n1,a\n", "t.csv:1: no column 'limiter'"),
         ("timestamp,time,limiter\n1,1,api\n", "t.csv:1: a column appears twice"),
     ],

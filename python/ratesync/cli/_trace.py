@@ -61,8 +61,6 @@ def read_trace(file: TextIO, name: str, limiter: str | None = None) -> list[Requ
         for request in _rows(file, name, limiter):
             in_order = in_order and (not requests or requests[-1].at <= request.at)
             requests.append(request)
-    except csv.Error as error:
-        raise Failure(f"{name}: not valid CSV: {error}") from None
     except UnicodeDecodeError as error:
         raise Failure(f"{name}: not UTF-8 ({error.reason}); save it as UTF-8") from None
     if not in_order:
@@ -91,9 +89,12 @@ def _rows(file: TextIO, name: str, default_limiter: str | None) -> Iterator[Requ
     if "limiter" not in columns and default_limiter is None:
         raise Failure(f"{name}:1: no column 'limiter'; add one, or name the limiter with --limiter")
     row_of = _RowReader(name, columns, default_limiter)
-    for cells in reader:
-        if cells and any(cell.strip() for cell in cells):
-            yield row_of(cells, reader.line_num + lines_before)
+    try:
+        for cells in reader:
+            if cells and any(cell.strip() for cell in cells):
+                yield row_of(cells, reader.line_num + lines_before)
+    except csv.Error as error:
+        raise Failure(f"{name}:{reader.line_num + lines_before}: not valid CSV: {error}") from None
 
 
 class _RowReader:
