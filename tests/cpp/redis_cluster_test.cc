@@ -204,6 +204,36 @@ TEST_F(RedisClusterTest, IsFoundByCallsThatDoNotWaitForConnect) {
   EXPECT_TRUE(c.clustered());
 }
 
+TEST_F(RedisClusterTest, TakesTlsAndPasswordToEveryNode) {
+  // A cluster of one, which does not know its own address and says so.
+  RedisServer node({"--cluster-enabled", "yes", "--cluster-port", std::to_string(RedisServer::free_port()),
+                    "--requirepass", "p w", "--tls-cluster", "yes"},
+                   true);
+  ConnectionOptions with = options(node.port());
+  with.password = "p w";
+  const auto control = connection(with);
+  ASSERT_EQ(text(send(*control, {"CLUSTER", "ADDSLOTSRANGE", "0", "16383"})), "OK");
+  ASSERT_TRUE(wait_until([&] {
+    return text(send(*control, {"CLUSTER", "INFO"})).find("cluster_state:ok") != std::string::npos;
+  }));
+  for (const char* scheme : {"rediss+cluster", "rediss"}) {
+    Commander& c = cluster_commander(fmt::format("{}://:p%20w@localhost:{}?ssl_ca_certs={}/ca.pem", scheme,
+                                                 node.tls_port(), node.directory()));
+    const Status status = connect_all(c);
+    EXPECT_TRUE(status.ok()) << status.message;
+    EXPECT_TRUE(c.clustered());
+    EXPECT_EQ(text(keyed(c, "a", {"SET", "a", "1"})), "OK");
+    EXPECT_EQ(c.target().find("p%20w"), std::string::npos) << c.target();
+  }
+  Commander& wrong = cluster_commander(fmt::format("redis+cluster://:w%20w@127.0.0.1:{}", node.port()));
+  const Status status = connect_all(wrong);
+  EXPECT_EQ(status.sqlstate, "WRONGPASS") << status.message;
+  // Put right while it is in use.
+  EXPECT_EQ(text(send(*control, {"CONFIG", "SET", "requirepass", "w w"})), "OK");
+  EXPECT_TRUE(wait_until([&] { return text(keyed(wrong, "a", {"GET", "a"})) == "1"; }));
+  control->close(Status::make(Code::closed, "end"));
+}
+
 TEST_F(RedisClusterTest, LeavesASingleServerASingleServer) {
   RedisServer alone;
   Commander& c = cluster_commander(alone.url());

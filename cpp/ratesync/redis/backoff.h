@@ -37,6 +37,8 @@ class Backoff {
     else
       level_ = 0;
   }
+  // There is news: the pause ends. The next one is not shorter for it.
+  void hurry() { retry_at_ = 0; }
   [[nodiscard]] bool down() const { return failures_ >= kDownAfter; }
   [[nodiscard]] bool refused() const { return refused_; }
   [[nodiscard]] Nanos retry_at() const { return retry_at_; }

@@ -313,6 +313,9 @@ void Multiplexed::retarget(net::StreamTarget target) {
     ++attempt_;
     session_->close();
     open_session(target_);
+  } else if (state_ == State::idle) {
+    backoff_.hurry();
+    kick();
   }
 }
 
