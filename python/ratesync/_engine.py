@@ -15,7 +15,16 @@ import threading
 from collections.abc import Callable
 
 from ratesync import _core, errors
-from ratesync._core import HAS_POSTGRES, Engine, Limiter, Permit, acquire, attempt, bound_limiters
+from ratesync._core import (
+    HAS_POSTGRES,
+    Engine,
+    Limiter,
+    Permit,
+    acquire,
+    acquire_limits,
+    attempt,
+    bound_limiters,
+)
 from ratesync._core import Store as CoreStore
 
 __all__ = [
@@ -25,6 +34,7 @@ __all__ = [
     "Limiter",
     "Permit",
     "acquire",
+    "acquire_limits",
     "attempt",
     "bound_limiters",
     "default_engine",

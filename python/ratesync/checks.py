@@ -9,14 +9,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from ratesync._engine import Permit, log
+from ratesync._engine import Permit, acquire_limits, log
 from ratesync._pending import Pending, script
 from ratesync._registry import _registry
-from ratesync.core import RateLimiter
-from ratesync.errors import AcquireTimeoutError, RateLimiterAcquisitionError
+from ratesync.errors import (
+    AcquireTimeoutError,
+    ConfigValidationError,
+    RateLimiterAcquisitionError,
+    StoreError,
+    is_outage,
+)
+from ratesync.limits import StoreLimiter
+from ratesync.registry import group_id_for
 from ratesync.schemas import MultiLimiterResult, RateLimitResult
 
 __all__ = ["check_limiter", "check_multi_limiters"]
@@ -41,6 +48,7 @@ def check_limiter(
 
     Raises:
         LimiterNotFoundError: no such limiter.
+        StoreError: the store failed in a way that is no outage, such as a missing table.
 
     Example:
         >>> import ratesync
@@ -79,6 +87,7 @@ def check_multi_limiters(
 
     Raises:
         LimiterNotFoundError: one of the names is not configured; nothing was charged.
+        StoreError: a store failed in a way that is no outage, such as a missing table.
 
     Example:
         >>> import ratesync
@@ -120,7 +129,7 @@ class Request:
 
     __slots__ = ("key", "limiter", "name")
 
-    def __init__(self, limiter: RateLimiter, name: str, key: str | None = None) -> None:
+    def __init__(self, limiter: StoreLimiter, name: str, key: str | None = None) -> None:
         self.limiter = limiter
         self.name = name
         self.key = key
@@ -140,17 +149,21 @@ class Request:
         """Whether it counts units, and not only slots."""
         return self.limiter.limit is not None or self.limiter.rate_per_second is not None
 
+    @property
+    def group(self) -> str:
+        """What the store calls it."""
+        base = self.limiter.group_id
+        return base if self.key is None else group_id_for(base, self.key)
+
     def refused(self, error: RateLimiterAcquisitionError) -> RateLimitResult:
         slots = error.reason == "concurrency_full"
         limit = (self.limiter.max_concurrent or 0) if slots else self.quota
         return RateLimitResult(False, limit, 0, error.retry_after or 0.0, self.name)
 
-    def undecided(self, error: RateLimiterAcquisitionError | None) -> RateLimitResult:
-        """Nobody decided: the store is out. The limiter's policy does."""
-        if self.limiter.fail_closed:
-            log.warning("limiter %r refuses while its store is out: %s", self.name, error)
-            return RateLimitResult(False, self.quota, 0, 0.0, self.name)
-        return RateLimitResult(True, self.quota, self.quota, 0.0, self.name)
+    def undecided(self) -> RateLimitResult:
+        """Nobody decided, since the store is out: the limiter's policy does."""
+        passes = not self.limiter.fail_closed
+        return RateLimitResult(passes, self.quota, self.quota if passes else 0, 0.0, self.name)
 
 
 class _Entering:
@@ -175,14 +188,16 @@ def entering(permit: Permit) -> Pending[Permit]:
 
 @script
 def look(
-    limiter: RateLimiter, name: str, key: str | None = None
+    limiter: StoreLimiter, name: str, key: str | None = None
 ) -> Generator[Pending[Any], Any, RateLimitResult]:
     """The answer of a limiter that charges nothing."""
     request = Request(limiter, name, key)
     try:
         state = yield limiter.peek(key)
-    except RateLimiterAcquisitionError as error:
-        return request.undecided(error)
+    except StoreError as error:
+        if not is_outage(error):
+            raise
+        return request.undecided()
     if state.allowed:
         return RateLimitResult(True, request.quota, state.remaining, state.reset_after, name)
     return RateLimitResult(False, request.quota, 0, state.retry_after, name)
@@ -196,49 +211,101 @@ def acquire_all(
     requests: Sequence[Request], timeout: float | None
 ) -> Generator[Pending[Any], Any, list[RateLimitResult]]:
     """Takes one unit of each, or nothing, and holds no slot afterwards. One answer per request."""
-    until = None if timeout is None else time.monotonic() + timeout
-    permits: list[Permit] = []
-    blocking: Request | None = None
-    refusal: RateLimiterAcquisitionError | None = None
-    try:
-        for blocking in requests:
-            left = timeout if not permits or until is None else max(0.0, until - time.monotonic())
-            permit = yield entering(blocking.limiter.acquire_context(left, key=blocking.key))
-            permits.append(permit)
-    except RateLimiterAcquisitionError as error:
-        refusal = error
-    except GeneratorExit:  # closed from outside: nothing can be awaited any more
-        for permit in permits:
-            permit.release()
-        raise
-    except BaseException:
-        yield _give_back(permits)
-        raise
-    if refusal is not None:
-        yield _give_back(permits)
-    numbers = [(permit.passed_open, permit.remaining, permit.reset_after) for permit in permits]
-    for permit in permits:
-        permit.release()
-    answers = []
-    for place, request in enumerate(requests):
-        if refusal is not None and request is blocking:
-            late = isinstance(refusal, AcquireTimeoutError)
-            answer = request.refused(refusal) if late else request.undecided(refusal)
-        elif refusal is None:
-            answer = yield _granted(request, *numbers[place])
+    distinct = {request.group: request for request in requests}
+    outcome: _Outcome = yield _take(list(distinct.values()), timeout)
+    answers: dict[str, RateLimitResult] = {}
+    for request in distinct.values():
+        if outcome.refusal is None:
+            answer = yield _granted(request, *outcome.parts[len(answers)])
+        elif request is outcome.blocking:
+            answer = request.refused(outcome.refusal)
         else:
             answer = yield look(request.limiter, request.name, request.key)
-        answers.append(answer)
-    return answers
+        answers[request.group] = answer
+    return [replace(answers[request.group], limiter_id=request.name) for request in requests]
+
+
+@dataclass(slots=True)
+class _Outcome:
+    """Of taking one unit of each: either what was told of each, or who refused and why."""
+
+    parts: Sequence[tuple[bool, int, float | None]] = ()
+    blocking: Request | None = None
+    refusal: RateLimiterAcquisitionError | None = None
+
+
+@script
+def _take(requests: Sequence[Request], timeout: float | None) -> Generator[Pending[Any], Any, _Outcome]:
+    first = requests[0]
+    if len(requests) == 1:
+        permit = first.limiter.acquire_context(timeout, key=first.key)
+    else:
+        permit = acquire_limits([(request.limiter, request.key) for request in requests], timeout)
+    try:
+        yield entering(permit)
+    except ConfigValidationError:
+        if len(requests) == 1:
+            raise
+        # A store that cannot decide these together, such as a Redis Cluster that keeps them apart.
+        outcome: _Outcome = yield _take_one_by_one(requests, timeout)
+        return outcome
+    except RateLimiterAcquisitionError as error:
+        _check_refusal(error)
+        by_group = {request.group: request for request in requests}
+        return _Outcome(blocking=by_group.get(error.group_id or "", first), refusal=error)
+    parts = permit._parts() or [_told(permit)]
+    permit.release()
+    return _Outcome(parts)
+
+
+@script
+def _take_one_by_one(
+    requests: Sequence[Request], timeout: float | None
+) -> Generator[Pending[Any], Any, _Outcome]:
+    """Takes one after the other, and gives everything back when one refuses."""
+    until = None if timeout is None else time.monotonic() + timeout
+    permits: list[Permit] = []
+    done = False
+    try:
+        for request in requests:
+            left = timeout if not permits or until is None else max(0.0, until - time.monotonic())
+            try:
+                permit = yield entering(request.limiter.acquire_context(left, key=request.key))
+            except RateLimiterAcquisitionError as error:
+                _check_refusal(error)
+                yield _give_back(permits)
+                done = True
+                return _Outcome(blocking=request, refusal=error)
+            permits.append(permit)
+        done = True
+        return _Outcome([_told(permit) for permit in permits])
+    except GeneratorExit:  # closed from outside: nothing can be awaited any more
+        done = True
+        raise
+    finally:
+        if not done:
+            yield _give_back(permits)
+        for permit in permits:
+            permit.release()
+
+
+def _check_refusal(error: RateLimiterAcquisitionError) -> None:
+    """Raises what is no refusal: a missing table, a bound of this process, a store that was closed."""
+    if not isinstance(error, AcquireTimeoutError) and error.reason != "outage":
+        raise error
+
+
+def _told(permit: Permit) -> tuple[bool, int, float | None]:
+    return not permit.passed_open, permit.remaining, permit.reset_after
 
 
 @script
 def _granted(
-    request: Request, passed_open: bool, remaining: int, reset: float | None
+    request: Request, decided: bool, remaining: int, reset: float | None
 ) -> Generator[Pending[Any], Any, RateLimitResult]:
-    """What a permit said about its limiter; its store is asked where the permit does not know."""
-    if passed_open:
-        return request.undecided(None)
+    """What a permit said about a limiter; its store is asked where the permit does not know."""
+    if not decided:
+        return request.undecided()
     if reset is None and request.charges:
         state = yield look(request.limiter, request.name, request.key)
         reset = state.reset_in

@@ -289,6 +289,17 @@ def from_status(code: str, message: str, sqlstate: str = "", store: str = "") ->
     return error
 
 
+# As LimitService::is_outage() sees them: the server is not there, or did not decide in time.
+_OUTAGE_SQLSTATES = ("08", "28", "53", "57", "58", "25006", "55P03")
+
+
+def is_outage(error: StoreError) -> bool:
+    """Whether the failure is one that a limiter's `fail_closed` answers, and not a mistake to be seen."""
+    if isinstance(error, StoreServerError):
+        return (error.sqlstate or "").startswith(_OUTAGE_SQLSTATES)
+    return isinstance(error, (StoreUnavailableError, InDoubtError, StoreTimeoutError))
+
+
 _REASONS = {
     "rate": ("rate_limited", "the next slot lies beyond the timeout"),
     "concurrency": ("concurrency_full", "all slots stayed in use until the timeout"),

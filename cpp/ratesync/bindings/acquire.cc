@@ -95,37 +95,47 @@ bool check_part(const PermitParts& parts, const PermitPart& added) {
   return true;
 }
 
-PyObject* several(PyObject* const* args, Py_ssize_t names, Py_ssize_t nargs, PyObject* kwnames) {
-  if (names > kMaxLimits) {
-    raise_invalid("too many limits in one call", "limiter_id", "at most 64", nullptr);
-    return nullptr;
+// Adds a limit to the permit of several; the first one's permit becomes that of all. Takes over the reference
+// to the limiter, not to the key. False with an exception set: the permit is gone then.
+bool add_part(PermitObject** permit, const Named& named, PyObject* const* args, Py_ssize_t nargs,
+              PyObject* kwnames) {
+  PermitObject* one = named.limiter ? one_permit(named, args, nargs, kwnames) : nullptr;
+  if (one) {
+    if (!*permit) {
+      *permit = one;
+      one->parts = new PermitParts;
+      Py_INCREF(reinterpret_cast<PyObject*>(one));
+    }
+    PermitParts& parts = *(*permit)->parts;
+    const store::GroupRef& group = one->group ? one->group : named.limiter->impl->core->group;
+    parts.list.push_back({named.limiter, group, one->cost});
+    Py_DECREF(reinterpret_cast<PyObject*>(one));
+    if (check_part(parts, parts.list.back())) return true;
+  } else {
+    Py_XDECREF(reinterpret_cast<PyObject*>(named.limiter));
   }
+  Py_CLEAR(*permit);
+  return false;
+}
+
+bool check_count(Py_ssize_t names) {
+  return names <= kMaxLimits ||
+         raise_invalid("too many limits in one call", "limiter_id", "at most 64", nullptr);
+}
+
+PyObject* several(PyObject* const* args, Py_ssize_t names, Py_ssize_t nargs, PyObject* kwnames) {
+  if (!check_count(names)) return nullptr;
   if (key_given(args + nargs, kwnames)) {
     raise_invalid("with several limits key= does not say whose: write it into the name, as in 'tenant:7'",
                   "key", "no key=", nullptr);
     return nullptr;
   }
-  PermitObject* permit = nullptr;  // the first limit's becomes that of all
+  PermitObject* permit = nullptr;
   for (Py_ssize_t i = 0; i < names; ++i) {
     const Named named = find_limiter(args[i]);
-    PermitObject* one = named.limiter ? one_permit(named, args + names, nargs - names, kwnames) : nullptr;
+    const bool added = add_part(&permit, named, args + names, nargs - names, kwnames);
     Py_XDECREF(named.key);
-    if (one) {
-      if (!permit) {
-        permit = one;
-        permit->parts = new PermitParts;
-        permit->parts->list.reserve(static_cast<std::size_t>(names));
-        Py_INCREF(reinterpret_cast<PyObject*>(one));
-      }
-      const store::GroupRef& group = one->group ? one->group : named.limiter->impl->core->group;
-      permit->parts->list.push_back({named.limiter, group, one->cost});  // takes over the reference
-      Py_DECREF(reinterpret_cast<PyObject*>(one));
-      if (check_part(*permit->parts, permit->parts->list.back())) continue;
-    } else {
-      Py_XDECREF(reinterpret_cast<PyObject*>(named.limiter));
-    }
-    Py_XDECREF(reinterpret_cast<PyObject*>(permit));
-    return nullptr;
+    if (!added) return nullptr;
   }
   return reinterpret_cast<PyObject*>(permit);
 }
@@ -184,6 +194,27 @@ PyObject* acquire_function(PyObject*, PyObject* const* args, Py_ssize_t nargs, P
   PermitObject* permit = one_permit(named, args + 1, nargs - 1, kwnames);
   Py_DECREF(reinterpret_cast<PyObject*>(named.limiter));
   Py_XDECREF(named.key);
+  return reinterpret_cast<PyObject*>(permit);
+}
+
+// acquire_limits([(limiter, key or None), ...], timeout): the permit of several limits that are at hand.
+PyObject* acquire_limits_function(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
+  if (nargs != 2 || !PyList_Check(args[0]) || PyList_GET_SIZE(args[0]) == 0) {
+    PyErr_SetString(PyExc_TypeError, "acquire_limits() needs a list of limits and a timeout");
+    return nullptr;
+  }
+  if (!check_count(PyList_GET_SIZE(args[0]))) return nullptr;
+  PermitObject* permit = nullptr;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(args[0]); ++i) {
+    PyObject *limiter, *key;
+    if (!PyArg_ParseTuple(PyList_GET_ITEM(args[0], i), "O!O:limit", state().limiter_type, &limiter, &key) ||
+        !live(reinterpret_cast<LimiterObject*>(limiter))) {
+      Py_XDECREF(reinterpret_cast<PyObject*>(permit));
+      return nullptr;
+    }
+    const Named named{reinterpret_cast<LimiterObject*>(Py_NewRef(limiter)), key == Py_None ? nullptr : key};
+    if (!add_part(&permit, named, args + 1, 1, nullptr)) return nullptr;
+  }
   return reinterpret_cast<PyObject*>(permit);
 }
 

@@ -196,6 +196,10 @@ void set_hook(PyObject*& slot, const py::object& hook) {
 PyMethodDef kAcquire = {"acquire", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(acquire_function)),
                         METH_FASTCALL | METH_KEYWORDS, kAcquireDoc};
 
+PyMethodDef kAcquireLimits = {
+    "acquire_limits", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(acquire_limits_function)),
+    METH_FASTCALL, "acquire_limits(limits, timeout)\n--\n\nThe permit of several (limiter, key or None)."};
+
 PyMethodDef kAttempt = {"attempt", attempt_function, METH_O,
                         "attempt(permit)\n--\n\nWhether the permit is granted, as a Pending."};
 
@@ -337,6 +341,9 @@ PYBIND11_MODULE(_core, module) {
 
   module.add_object("acquire", py::reinterpret_steal<py::object>(PyCFunction_NewEx(
                                    &kAcquire, module.ptr(), py::str("ratesync").release().ptr())));
+  module.add_object("acquire_limits",
+                    py::reinterpret_steal<py::object>(PyCFunction_NewEx(
+                        &kAcquireLimits, module.ptr(), py::str("ratesync").release().ptr())));
   module.add_object("attempt", py::reinterpret_steal<py::object>(PyCFunction_NewEx(
                                    &kAttempt, module.ptr(), py::str("ratesync").release().ptr())));
   module.def("bound_limiters", [] { return py::reinterpret_borrow<py::dict>(state().bound); });

@@ -147,6 +147,7 @@ void release_slot(LimiterImpl& impl, Slot& slot);
 // acquire.cc
 PyObject* acquire_function(PyObject* module, PyObject* const* args, Py_ssize_t nargs, PyObject* kwnames);
 PyObject* attempt_function(PyObject* module, PyObject* permit);
+PyObject* acquire_limits_function(PyObject* module, PyObject* const* args, Py_ssize_t nargs);
 extern const char kAcquireDoc[];
 
 // waiter.cc

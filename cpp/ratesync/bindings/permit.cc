@@ -529,6 +529,7 @@ PyMethodDef kMethods[] = {
     {"__enter__", permit_enter, METH_NOARGS, "Acquire, blocking this thread; gives this permit."},
     {"__exit__", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(permit_exit)), METH_FASTCALL,
      "Give the concurrency slot back."},
+    {"_parts", answers_of_parts, METH_NOARGS, "What each of several limits answered."},
     {"release", permit_release, METH_NOARGS,
      "release()\n--\n\nGive the concurrency slot back, if one is held. Calling it again does nothing.\n\n"
      "Example:\n    permit = await acquire(\"api\")\n    permit.release()"},

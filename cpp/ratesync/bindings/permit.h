@@ -15,7 +15,9 @@ struct PermitPart {
   store::GroupRef group;
   std::int64_t cost;
   SlotRef slot = nullptr;
-  bool granted = false;  // not: its store was out, and the call was let pass
+  bool granted = false;        // not: its store was out, and the call was let pass
+  std::int64_t remaining = 0;  // right after the grant, as the permit's
+  Nanos full_after = -1;
 };
 
 struct PermitParts {
@@ -52,5 +54,6 @@ bool any_held(const PermitParts& parts);
 bool any_lost(const PermitParts& parts);
 std::string joined_ids(const PermitParts& parts);
 PyObject* settle_all(PermitObject* permit, PyObject* actual_cost);
+PyObject* answers_of_parts(PyObject* permit, PyObject* unused);  // Permit._parts()
 
 }  // namespace ratesync::bindings

@@ -99,6 +99,8 @@ void take_quickly(PermitObject* permit, const std::vector<LimiterImpl*>& impls,
     counters.last_acquisition.store(now, std::memory_order_relaxed);
     note_grant(permit, part.group->params.has_rate(), replies[i].remaining, replies[i].full_after, i == 0);
     part.granted = true;
+    part.remaining = replies[i].remaining;
+    part.full_after = part.group->params.has_rate() ? replies[i].full_after : -1;
     if (!part.group->params.has_concurrency()) continue;
     part.slot = hold_slot(*impls[i], part.group, nullptr, replies[i].holder, permit->bare);
     counters.held.fetch_add(1, std::memory_order_relaxed);
@@ -202,8 +204,9 @@ PyObject* finish_all(PermitObject* permit, MultiTask& task, Mode mode) {
     part.granted = from.granted;
     if (!from.granted) continue;
     const Nanos full = from.full_after < 0 ? -1 : from.at + from.full_after - task.submitted - task.waited;
-    note_grant(permit, from.charged, from.remaining, std::max<Nanos>(full, from.full_after < 0 ? -1 : 0),
-               std::exchange(first, false));
+    part.remaining = from.remaining;
+    part.full_after = from.charged && from.full_after >= 0 ? std::max<Nanos>(full, 0) : -1;
+    note_grant(permit, from.charged, part.remaining, part.full_after, std::exchange(first, false));
     if (from.permit) part.slot = hold_slot(impl, part.group, from.permit, 0, permit->bare);
   }
   // After the slots are in the permit's hands: logging runs Python code.
@@ -213,6 +216,25 @@ PyObject* finish_all(PermitObject* permit, MultiTask& task, Mode mode) {
       return nullptr;
     }
   return hand_out(permit, mode);
+}
+
+// A list of (granted, remaining, reset_after or None), in the order of the limits; None for one limit.
+PyObject* answers_of_parts(PyObject* object, PyObject*) {
+  const PermitParts* parts = reinterpret_cast<PermitObject*>(object)->parts;
+  if (!parts) Py_RETURN_NONE;
+  PyObject* list = PyList_New(0);
+  for (const PermitPart& part : parts->list) {
+    const auto left = static_cast<long long>(std::max<std::int64_t>(0, part.remaining));
+    PyObject* item = !list ? nullptr
+                     : part.full_after < 0
+                         ? Py_BuildValue("(OLO)", part.granted ? Py_True : Py_False, left, Py_None)
+                         : Py_BuildValue("(OLd)", part.granted ? Py_True : Py_False, left,
+                                         static_cast<double>(part.full_after) / 1e9);
+    if (!item || PyList_Append(list, item) < 0) Py_CLEAR(list);
+    Py_XDECREF(item);
+    if (!list) return nullptr;
+  }
+  return list;
 }
 
 void let_go_all(PermitObject* permit) {
