@@ -448,7 +448,7 @@ async def test_in_plain_starlette_the_slot_goes_with_the_request(store: str) -> 
 # Failures -----------------------------------------------------------------------------------------
 
 
-async def test_an_unknown_limiter_passes_with_one_warning_or_is_an_error(
+async def test_an_unknown_limiter_passes_with_a_warning_a_minute_or_is_an_error(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async with client_of(app_with(RateLimitDependency("nope"))) as client:
@@ -456,6 +456,10 @@ async def test_an_unknown_limiter_passes_with_one_warning_or_is_an_error(
     assert [answer.status_code for answer in answers] == [200] * 3
     assert "x-ratelimit-limit" not in answers[0].headers
     assert caplog.text.count("not configured; requests pass") == 1
+    dependency._said = {subject: at - 60 for subject, at in dependency._said.items()}
+    async with client_of(app_with(RateLimitDependency("nope"))) as client:
+        await client.get("/")
+    assert caplog.text.count("not configured; requests pass") == 2
     async with client_of(app_with(RateLimitDependency("nope", fail_open=False))) as client:
         assert (await client.get("/")).status_code == 503
 

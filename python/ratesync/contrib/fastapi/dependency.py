@@ -5,6 +5,7 @@ the names in a string would not be found, and would take `request` for a query p
 """
 
 import inspect
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
@@ -119,7 +120,7 @@ class RateLimitDependency(_Limit):
 
     Each identifier has the limiter's parameters and a state of its own (`acquire(limiter_id, key=...)`);
     nothing is registered per identifier. A concurrency slot is held until the response is sent and its
-    background tasks are done.
+    background tasks are done. For HTTP requests, not for WebSockets.
 
     Args:
         limiter_id: the limiter; looked up when the first request comes.
@@ -178,10 +179,10 @@ class RateLimitDependency(_Limit):
             except Exception as error:
                 if hasattr(error, "status_code"):
                     raise
-                warn_once(
+                warn_seldom(
                     ("identifier", self.limiter_id),
                     f"the identifier_extractor of limiter {self.limiter_id!r} failed; the client's address "
-                    f"is limited instead ({type(error).__name__}: {error}; said once)",
+                    f"is limited instead ({type(error).__name__}: {error}; said at most once a minute)",
                 )
         return get_client_ip(request, self.trusted_proxies)
 
@@ -301,18 +302,22 @@ def undecided(limiter_id: str, error: Exception, fail_open: bool) -> Admission:
     if not lets_pass(error, fail_open):
         raise RateLimitUnavailableError(f"limiter {limiter_id!r} could not decide: {error}") from error
     kind = "not configured" if isinstance(error, LimiterNotFoundError) else "failing"
-    warn_once(
+    warn_seldom(
         (kind, limiter_id),
-        f"limiter {limiter_id!r} is {kind}; requests pass unlimited (fail_open): {error} (said once)",
+        f"limiter {limiter_id!r} is {kind}; requests pass unlimited (fail_open): {error} "
+        "(said at most once a minute)",
     )
     return Admission(None)
 
 
-_said: set[tuple[str, str]] = set()
+_SILENCE = 60.0  # seconds
+_said: dict[tuple[str, str], float] = {}
 
 
-def warn_once(subject: tuple[str, str], message: str) -> None:
-    """Logs a warning about a subject the first time only: an outage must not fill the log."""
-    if subject not in _said:
-        _said.add(subject)
+def warn_seldom(subject: tuple[str, str], message: str) -> None:
+    """Logs a warning about a subject at most once a minute: an outage must not fill the log."""
+    now = time.monotonic()
+    last = _said.get(subject)
+    if last is None or now - last >= _SILENCE:
+        _said[subject] = now
         log.warning("%s", message)
