@@ -395,6 +395,43 @@ TEST_F(RedisClusterTest, CountsExactlyWhileTheSlotMovesUnderLoad) {
   EXPECT_EQ(text(keyed(c, b, {"GET", b})), std::to_string(both));
 }
 
+TEST_F(RedisClusterTest, NeverRepeatsWhatWasSentWhenConnectionsAreCutUnderLoad) {
+  Commander& c = cluster_commander();
+  ASSERT_TRUE(connect_all(c).ok());
+  int counted = 0, in_doubt = 0, under_way = 0;
+  std::vector<std::string> failed;
+  bool stop = false;
+  std::function<void(int)> next = [&](int node) {
+    if (stop) return;
+    ++under_way;
+    const std::string key = key_at(node);
+    c.call(key, command({"INCR", key}), in(20 * kSecond), [&, node](const Result<Reply>& reply) {
+      --under_way;
+      if (reply.ok())
+        ++counted;
+      else if (reply.status().code == Code::in_doubt)
+        ++in_doubt;
+      else
+        failed.push_back(reply.status().message);
+      next(node);
+    });
+  };
+  for (int i = 0; i < 60; ++i) next(i % 3);
+  for (int turn = 0; turn < 30; ++turn) {
+    const int seen = counted;
+    EXPECT_TRUE(wait_until([&] { return counted > seen + 30; })) << "turn " << turn;
+    say(turn % 3, {"CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"});
+  }
+  stop = true;
+  ASSERT_TRUE(wait_until([&] { return under_way == 0; }));
+  EXPECT_TRUE(failed.empty()) << failed.size() << ": " << failed[0];
+  int sum = 0;
+  for (int i = 0; i < 3; ++i) sum += std::stoi(text(keyed(c, key_at(i), {"GET", key_at(i)})));
+  EXPECT_GE(sum, counted);
+  EXPECT_LE(sum, counted + in_doubt);
+  EXPECT_FALSE(c.down());
+}
+
 TEST_F(RedisClusterTest, RefusesAScriptOverTwoSlotsAndSaysTheCure) {
   Commander& c = cluster_commander();
   const auto reply = keyed(c, "a", {"MGET", "a", "b"});
