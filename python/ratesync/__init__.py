@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from ratesync.decorators import rate_limited
     from ratesync.engines.memory import MemoryRateLimiter
     from ratesync.engines.postgres import PostgresRateLimiter
+    from ratesync.engines.redis import RedisRateLimiter
     from ratesync.schemas import MultiLimiterResult, RateLimitResult
 
 __all__ = [
@@ -92,6 +93,7 @@ __all__ = [
     "RateLimiterMetrics",
     "RateLimiterNotConfiguredError",
     "RateLimiterNotInitializedError",
+    "RedisRateLimiter",
     "Store",
     "StoreClosedError",
     "StoreError",
@@ -139,6 +141,7 @@ _LAZY = {
     "MultiLimiterResult": "schemas",
     "PostgresRateLimiter": "engines.postgres",
     "RateLimitResult": "schemas",
+    "RedisRateLimiter": "engines.redis",
     "StrategyType": "composite",
     "check_limiter": "checks",
     "check_multi_limiters": "checks",

@@ -8,19 +8,23 @@ from typing import Any
 import pytest
 
 import ratesync
-from ratesync import PostgresRateLimiter, RateLimiter
+from ratesync import PostgresRateLimiter, RateLimiter, RedisRateLimiter
+from ratesync._schemas import ENGINES
 from ratesync.engines import limiter_class
+from ratesync.engines.redis_sliding_window import RedisSlidingWindowRateLimiter
 from ratesync.schemas import PostgresEngineConfig
 from ratesync.testing import reset_limiter
 
+needs_redis = pytest.mark.skipif("redis" not in ENGINES, reason="this build has no Redis store")
 
-@pytest.fixture(params=["postgres"])
+
+@pytest.fixture(params=["postgres", pytest.param("redis", marks=needs_redis)])
 def make(request: pytest.FixtureRequest) -> Any:
     """Makes a limiter of one engine with its own keywords."""
+    url = request.getfixturevalue(f"ratesync_{request.param}_url")
     if request.param == "postgres":
-        url = request.getfixturevalue("ratesync_postgres_url")
         return lambda group, **fields: PostgresRateLimiter(url, group, auto_create=True, **fields)
-    raise AssertionError(request.param)
+    return lambda group, **fields: RedisRateLimiter(url=url, group_id=group, **fields)
 
 
 async def test_two_objects_of_one_name_share_the_limit_and_other_names_do_not(make: Any) -> None:
@@ -159,3 +163,26 @@ async def test_limits_of_several_stores_are_checked_all_or_nothing(ratesync_post
     assert answers == [True, True, False, False]
     state = await ratesync.get_limiter("local").peek("y")
     assert (state.current_usage, state.in_use) == (2, 0)
+
+
+@needs_redis
+async def test_the_sliding_window_of_redis_has_its_own_class(ratesync_redis_url: str) -> None:
+    limiter = RedisSlidingWindowRateLimiter(ratesync_redis_url, "login", limit=3, window_seconds=600)
+    assert isinstance(limiter, RedisRateLimiter)
+    assert (limiter.limit, limiter.window_seconds, limiter.rate_per_second) == (3, 600, None)
+    assert [await limiter.try_acquire() for _ in range(4)] == [True, True, True, False]
+    ratesync.configure_store("redis", "redis", url=ratesync_redis_url)
+    ratesync.configure_limiter("login", "redis", algorithm="sliding_window", limit=3, window_seconds=600)
+    by_name = ratesync.get_limiter("login")
+    assert type(by_name) is RedisSlidingWindowRateLimiter
+    assert not await by_name.try_acquire(), "the same name with the same prefix"
+    assert (await by_name.get_state()).remaining == 0
+
+
+@needs_redis
+async def test_another_prefix_is_another_limit(ratesync_redis_url: str) -> None:
+    limiters = [
+        RedisRateLimiter(ratesync_redis_url, "api", rate_per_second=0.01, key_prefix=prefix)
+        for prefix in ("one", "two")
+    ]
+    assert [await limiter.try_acquire() for limiter in limiters] == [True, True]

@@ -63,6 +63,51 @@ def uses() -> None:
     results_can_be_passed_on(ratesync.get_limiter("api").release())
 
 
+async def checks_and_composites() -> None:
+    result = await ratesync.check_limiter("api", acquire_if_allowed=False, timeout=1)
+    assert_type(result, ratesync.RateLimitResult)
+    assert_type(result.retry_after, int)
+    several = ratesync.check_multi_limiters(["api", "global"]).wait()
+    assert_type(several, ratesync.MultiLimiterResult)
+    assert_type(several.results[0], ratesync.RateLimitResult)
+    composite = ratesync.CompositeRateLimiter({"ip": "api"}, "all_must_pass")
+    check = await composite.check({"ip": "192.0.2.1"}, timeout=1)
+    assert_type(check, ratesync.CompositeLimitCheck)
+    assert_type(check.triggered_by, str | None)
+
+
+@ratesync.rate_limited("api", timeout=2)
+async def fetch(url: str) -> bytes:
+    return url.encode()
+
+
+@ratesync.rate_limited(lambda url: f"host:{url}", timeout=0, mode="try")
+async def fetch_or_not(url: str) -> bytes:
+    return url.encode()
+
+
+@ratesync.rate_limited(ratesync.MemoryRateLimiter("api", rate_per_second=1.0), timeout=0, mode="try")
+def compute(value: int) -> int:
+    return value
+
+
+async def decorated() -> None:
+    assert_type(await fetch("x"), bytes)
+    assert_type(await fetch_or_not("x"), bytes | None)
+    assert_type(compute(5), int | None)
+    await fetch(5)  # type: ignore[arg-type]
+
+
+async def constructed_directly() -> None:
+    limiter: ratesync.RateLimiter = ratesync.PostgresRateLimiter(
+        "postgresql://localhost/app", "api", rate_per_second=5.0, burst=3, unlogged=True
+    )
+    assert_type(await limiter.try_acquire(), bool)
+    assert_type(ratesync.MemoryRateLimiter.from_config({}, group_id="a"), ratesync.MemoryRateLimiter)
+    ratesync.MemoryRateLimiter("api", rate_per_second="1")  # type: ignore[arg-type]
+    ratesync.CompositeRateLimiter({"ip": "api"}, "all")  # type: ignore[arg-type]
+
+
 def mistakes() -> None:
     ratesync.acquire("api", 1, 2)  # type: ignore[call-overload]
     ratesync.acquire("api", "global", key="7")  # type: ignore[call-overload]

@@ -236,9 +236,11 @@ PATHS = {
     "ratesync.decorators": ["get_limiter", "rate_limited"],
     "ratesync.domain.value_objects": ["combine_identifiers", "hash_identifier"],
     "ratesync.domain.value_objects.identifier": ["combine_identifiers", "hash_identifier"],
-    "ratesync.engines": ["MemoryRateLimiter", "PostgresRateLimiter"],
+    "ratesync.engines": ["MemoryRateLimiter", "PostgresRateLimiter", "RedisRateLimiter"],
     "ratesync.engines.memory": ["MemoryRateLimiter"],
     "ratesync.engines.postgres": ["PostgresRateLimiter"],
+    "ratesync.engines.redis": ["RedisRateLimiter"],
+    "ratesync.engines.redis_sliding_window": ["RedisSlidingWindowRateLimiter"],
     "ratesync.exceptions": [
         "ConfigValidationError",
         "LimiterNotFoundError",

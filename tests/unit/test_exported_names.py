@@ -58,6 +58,7 @@ CLASSES = {
     "RateLimitResult",
     "RateLimiter",
     "RateLimiterMetrics",
+    "RedisRateLimiter",
     "Store",
 }
 ERRORS = {

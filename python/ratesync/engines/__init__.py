@@ -21,21 +21,24 @@ if TYPE_CHECKING:
     from ratesync.engines._engine_limiter import EngineLimiter
     from ratesync.engines.memory import MemoryRateLimiter
     from ratesync.engines.postgres import PostgresRateLimiter
+    from ratesync.engines.redis import RedisRateLimiter
 
-__all__ = ["MemoryRateLimiter", "PostgresRateLimiter", "limiter_class"]
+__all__ = ["MemoryRateLimiter", "PostgresRateLimiter", "RedisRateLimiter", "limiter_class"]
 
 _HOMES = {
     "MemoryRateLimiter": "memory",
     "PostgresRateLimiter": "postgres",
+    "RedisRateLimiter": "redis",
 }
-_CLASSES = {
-    "memory": "MemoryRateLimiter",
-    "postgres": "PostgresRateLimiter",
-}
+_CLASSES = {home: name for name, home in _HOMES.items()}
 
 
 def limiter_class(engine: str, algorithm: str) -> type[EngineLimiter]:
     """The class of limiters on stores of that engine."""
+    if engine == "redis" and algorithm == "sliding_window":
+        from ratesync.engines.redis_sliding_window import RedisSlidingWindowRateLimiter
+
+        return RedisSlidingWindowRateLimiter
     return cast("type[EngineLimiter]", __getattr__(_CLASSES[engine]))
 
 

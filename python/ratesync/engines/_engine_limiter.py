@@ -81,6 +81,8 @@ class EngineLimiter(StoreLimiter):
 
         where = type(self).__name__
         name = check_id("group", group_id, where).strip()
+        if self.engine not in ENGINES:
+            build_store(self.engine, {}, where)  # says which engines there are
         of_store = {field.name for field in msgspec.structs.fields(ENGINES[self.engine])}
         known = of_store | _KEYWORDS | LimiterExtras.__annotations__.keys()
         for keyword in given.keys() - known:
