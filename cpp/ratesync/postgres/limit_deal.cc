@@ -35,21 +35,22 @@ void PgLimitStore::begin_trip(Lane& lane, OpBatcher::Batch batch, PgPool::Lease 
   trip->trips_in_a_row = in_a_row;
   trip->pending.reserve(trip->batch.ops.size());
   for (QueuedOp& op : trip->batch.ops) {
-    if (op.acquire) tickets_.erase(op.acquire);
+    if (op.acquire || op.all) tickets_.erase(op.all ? static_cast<const void*>(op.all) : op.acquire);
     trip->pending.push_back(&op);
   }
   start_round(trip);
 }
 
 // A release whose news went along with an earlier statement.
-void PgLimitStore::drop_needless_restatements(OpList& pending) {
-  std::erase_if(pending, [this](QueuedOp* op) {
+void PgLimitStore::drop_needless_restatements(Lane& lane, OpList& pending) {
+  Holders& holders = holders_of(lane);
+  std::erase_if(pending, [&holders](QueuedOp* op) {
     if (op->kind != QueuedOp::Kind::restate) return false;
-    Holding* holding = holders_.find(op->group->id);
+    Holding* holding = holders.find(op->group->id);
     if (!holding) return true;
     holding->queued = false;
     if (!holding->in_step()) return false;
-    holders_.tidy(*holding);
+    holders.tidy(*holding);
     return true;
   });
 }
@@ -59,7 +60,11 @@ void PgLimitStore::refuse_windows(OpList& pending) {
   if (windows()) return;
   OpList refused;
   std::erase_if(pending, [&refused](QueuedOp* op) {
-    if (!op->group->params.is_window() || op->kind == QueuedOp::Kind::restate) return false;
+    if (op->kind == QueuedOp::Kind::restate) return false;
+    if (op->all ? std::none_of(op->all->parts.begin(), op->all->parts.end(),
+                               [](const store::Part& part) { return part.group->params.is_window(); })
+                : !op->group->params.is_window())
+      return false;
     refused.push_back(op);
     return true;
   });
@@ -68,7 +73,7 @@ void PgLimitStore::refuse_windows(OpList& pending) {
 
 void PgLimitStore::start_round(const TripPtr& trip) {
   for (;;) {
-    drop_needless_restatements(trip->pending);
+    drop_needless_restatements(trip->lane, trip->pending);
     refuse_windows(trip->pending);
     if (!trip->pending.empty()) break;
     if (trip->parked.empty()) return land(trip);
@@ -76,7 +81,9 @@ void PgLimitStore::start_round(const TripPtr& trip) {
     trip->parked.pop_back();
   }
   if (!trip->connection->open()) return reconnect(trip);
-  trip->plan = plan_trip(trip->pending, clock_.now(), trip->lane.slots() ? 1 : kMaxLayers);
+  trip->plan = trip->lane.together()
+                   ? plan_together(trip->pending, clock_.now(), kMaxLayers)
+                   : plan_trip(trip->pending, clock_.now(), trip->lane.slots() ? 1 : kMaxLayers);
   std::vector<Call> calls = build_calls(*trip);
   count(calls, trip->pending.size() - trip->plan.later.size());
   trip->sent = clock_.now();
@@ -94,6 +101,7 @@ std::vector<Call> PgLimitStore::build_calls(Trip& trip) {
                     (options_.durability == Durability::automatic && !trip.lane.slots());
   std::vector<Call> calls;
   trip.stated.clear();
+  trip.stated_from.clear();
 
   // The statement for rates locks its own rows in order, and so does `adjust`. Where more than one takes
   // locks, or looks at other rows, all locks are taken first.
@@ -150,19 +158,24 @@ void PgLimitStore::add_adjustments(const TripPlan& plan, std::vector<Call>& call
 
 Call PgLimitStore::decide_call(Trip& trip, const Layer& layer) {
   const LimitSql& sql = backend_.limit_sql();
+  const bool together = trip.lane.together();
   const bool any =
       std::any_of(layer.begin(), layer.end(), [](const Run& r) { return r.group->params.is_window(); });
-  const bool with_windows = any && windows();
-  Call call{with_windows ? &sql.windows : &sql.slots, run_params(layer)};
-  ArrayWriter slots, held, holder, fresh, lease, freed;
+  const bool with_windows = windows() && (any || together);
+  Call call{together ? &sql.together : with_windows ? &sql.windows : &sql.slots, run_params(layer)};
+  Holders& holders = holders_of(trip.lane);
+  trip.stated_from.push_back(trip.stated.size());
+  ArrayWriter slots, held, holder, fresh, lease, freed, bundle;
   for (const Run& run : layer) {
+    bundle.add(static_cast<std::int64_t>(run.bundle));
     if (!run.group->params.has_concurrency()) {
+      trip.stated.push_back(nullptr);
       slots.add_null();
       for (ArrayWriter* array : {&held, &holder, &fresh, &lease, &freed}) array->add(std::int64_t{0});
       continue;
     }
-    Holding& holding = holders_.of(run.group);
-    holders_.sent(holding);
+    Holding& holding = holders.of(run.group);
+    holders.sent(holding);
     trip.stated.push_back(&holding);
     slots.add(run.group->params.max_concurrent);
     held.add(holding.sent_held);
@@ -177,6 +190,7 @@ Call PgLimitStore::decide_call(Trip& trip, const Layer& layer) {
   else
     call.params.push_back(freed.take());
   if (with_windows) add_window_params(layer, call.params);
+  if (together) call.params.push_back(bundle.take());
   if (leases()) call.params.push_back(Param::text(options_.holder));
   return call;
 }
@@ -186,8 +200,13 @@ Call PgLimitStore::decide_call(Trip& trip, const Layer& layer) {
 void PgLimitStore::answered(TripPtr trip, PipelineResult result) {
   if (!result.status.ok()) return failed(trip, result);
   Dealt dealt;
-  for (std::size_t i = 0; i < trip->plan.layers.size(); ++i)
-    deal_layer(*trip, trip->plan.layers[i], *result.results[trip->layer_call + i], dealt);
+  for (std::size_t i = 0; i < trip->plan.layers.size(); ++i) {
+    const Rows& rows = *result.results[trip->layer_call + i];
+    if (trip->lane.together())
+      deal_together(*trip, i, rows, dealt);
+    else
+      deal_layer(*trip, trip->plan.layers[i], rows, dealt);
+  }
   deal_sides(*trip, dealt);
   deal_peeks(*trip, result, dealt);
   trip->attempt = 1;
@@ -201,17 +220,74 @@ void PgLimitStore::answered(TripPtr trip, PipelineResult result) {
   // The next statement leaves before the callers of this one are told: server and client overlap.
   // `trip` keeps the operations alive.
   start_round(trip);
-  for (QueuedOp* op : dealt.acquires) op->acquire->done();
+  for (QueuedOp* op : dealt.acquires) op->all ? op->all->done() : op->acquire->done();
   for (QueuedOp* op : dealt.sides)
     if (op->side->done) op->side->done(store::Unit{});
   for (const auto& [op, peek] : dealt.peeks) op->side->peeked(peek);
+}
+
+RunAnswer PgLimitStore::read_answer(Trip& trip, const Run& run, Holding* holding, const Rows& rows, int row,
+                                    Dealt& dealt) {
+  RunAnswer answer;
+  answer.granted = rows.integer(row, 1);
+  answer.ahead = rows.integer(row, 2);
+  answer.stamp = rows.integer(row, 3);
+  if (trip.lane.kind == Kind::rates) return answer;
+  answer.may = rows.integer(row, 4);
+  answer.free = rows.integer(row, 5);
+  answer.lost = rows.boolean(row, 6);
+  answer.wrote = rows.boolean(row, 7);
+  if (run.group->params.is_window() && rows.columns() > 8) {
+    answer.waits = integers(rows.text(row, 8));
+    answer.retry = rows.integer(row, 9);
+    answer.remaining = rows.integer(row, 10);
+    answer.full_after = rows.integer(row, 11);
+    if (answer.wrote) purge();
+  }
+  if (!holding) return answer;
+  const store::HolderId before = holding->id;
+  const std::int64_t lost =
+      holders_of(trip.lane).answered(*holding, answer.granted, answer.lost, answer.wrote, trip.sent);
+  if (lost > 0) dealt.lost.push_back({run.group->id, before, lost});
+  dealt.touched.push_back(holding);
+  return answer;
+}
+
+// The statement answers for every run or fails as a whole.
+void PgLimitStore::deal_together(Trip& trip, std::size_t layer, const Rows& rows, Dealt& dealt) {
+  const Layer& runs = trip.plan.layers[layer];
+  std::vector<RunAnswer> answers(runs.size());
+  std::vector<store::HolderId> holders(runs.size(), 0);
+  for (int row = 0; row < rows.rows(); ++row) {
+    const auto at = static_cast<std::size_t>(rows.integer(row, 0) - 1);
+    if (at >= runs.size()) continue;
+    Holding* const holding = trip.stated[trip.stated_from[layer] + at];
+    answers[at] = read_answer(trip, runs[at], holding, rows, row, dealt);
+    if (holding) holders[at] = holding->id;
+  }
+  for (const Bundle& bundle : trip.plan.bundles) {
+    if (bundle.layer != layer) continue;
+    for (std::size_t i = 0; i < bundle.ops.size(); ++i) {
+      store::AcquireAllOp& op = *bundle.ops[i]->all;
+      op.status = Status::success();
+      op.granted = true;
+      op.replies.clear();
+      for (const store::Part& part : op.parts) {
+        const auto run = std::lower_bound(runs.begin(), runs.end(), part.group->id,
+                                          [](const Run& r, const std::string& id) { return r.id() < id; });
+        const auto at = static_cast<std::size_t>(run - runs.begin());
+        op.granted = op.granted && static_cast<std::int64_t>(i) < answers[at].granted;
+        op.replies.push_back(deal_part(*run, answers[at], holders[at], static_cast<std::int64_t>(i)));
+      }
+      dealt.acquires.push_back(bundle.ops[i]);
+    }
+  }
 }
 
 void PgLimitStore::deal_layer(Trip& trip, const Layer& layer, const Rows& rows, Dealt& dealt) {
   std::vector<const Run*> unanswered(layer.size(), nullptr);
   for (std::size_t i = 0; i < layer.size(); ++i) unanswered[i] = &layer[i];
   const bool rates = trip.lane.kind == Kind::rates, slots = trip.lane.slots();
-  bool purge_due = false;
   std::unordered_set<std::string_view> inserted;
   for (int row = 0; row < rows.rows(); ++row) {
     if (rates && !rows.is_null(row, 5)) {
@@ -224,37 +300,11 @@ void PgLimitStore::deal_layer(Trip& trip, const Layer& layer, const Rows& rows, 
         rates && !rows.boolean(row, 4) && rows.integer(row, 1) > 0 && !inserted.contains(layer[at].id());
     if (made_by_others) continue;
     const Run& run = *std::exchange(unanswered[at], nullptr);
-    RunAnswer answer;
-    answer.granted = rows.integer(row, 1);
-    answer.ahead = rows.integer(row, 2);
-    answer.stamp = rows.integer(row, 3);
-    store::HolderId holder = 0;
-    if (!rates) {
-      answer.may = rows.integer(row, 4);
-      answer.free = rows.integer(row, 5);
-      answer.lost = rows.boolean(row, 6);
-      answer.wrote = rows.boolean(row, 7);
-    }
-    if (rows.columns() > 8 && run.group->params.is_window()) {
-      answer.waits = integers(rows.text(row, 8));
-      answer.retry = rows.integer(row, 9);
-      answer.remaining = rows.integer(row, 10);
-      answer.full_after = rows.integer(row, 11);
-      purge_due = purge_due || answer.wrote;
-    }
-    if (slots) {
-      Holding& holding = *trip.stated[at];
-      const store::HolderId before = holding.id;
-      const std::int64_t lost =
-          holders_.answered(holding, answer.granted, answer.lost, answer.wrote, trip.sent);
-      if (lost > 0) dealt.lost.push_back({run.group->id, before, lost});
-      holder = holding.id;
-      dealt.touched.push_back(&holding);
-    }
+    Holding* const holding = slots ? trip.stated[at] : nullptr;
+    const RunAnswer answer = read_answer(trip, run, holding, rows, row, dealt);
+    const store::HolderId holder = holding ? holding->id : 0;
     deal_run(run, answer, holder, trip.plan.now, dealt.acquires, dealt.again);
   }
-
-  if (purge_due) purge();
 
   // Another process made the row first. Ask again, it can be locked now.
   bool lost_race = false;
@@ -290,14 +340,16 @@ void PgLimitStore::deal_sides(Trip& trip, Dealt& dealt) {
   for (const Adjustment& adjustment : trip.plan.adjustments) {
     dealt.sides.insert(dealt.sides.end(), adjustment.ops.begin(), adjustment.ops.end());
     if (adjustment.mode != AdjustMode::reset) continue;
-    // Our own lease went with the others.
-    Holding* holding = holders_.find(adjustment.group->id);
-    if (!holding || holding->flying) continue;
-    const store::HolderId before = holding->id;
-    const std::int64_t slots = holders_.forget(*holding);
-    holding->stated = 0;
-    if (slots > 0) dealt.lost.push_back({adjustment.group->id, before, slots});
-    dealt.touched.push_back(holding);
+    // Our own leases went with the others.
+    for (Holders* holders : {&holders_, &holders_together_}) {
+      Holding* holding = holders->find(adjustment.group->id);
+      if (!holding || holding->flying) continue;
+      const store::HolderId before = holding->id;
+      const std::int64_t slots = holders->forget(*holding);
+      holding->stated = 0;
+      if (slots > 0) dealt.lost.push_back({adjustment.group->id, before, slots});
+      dealt.touched.push_back(holding);
+    }
   }
 }
 
@@ -321,7 +373,8 @@ void PgLimitStore::deal_peeks(Trip& trip, const PipelineResult& result, Dealt& d
 
 // Everything of the round is pending again; what the server knows about slots is said anew.
 void PgLimitStore::put_back(Trip& trip, bool in_doubt) {
-  for (Holding* holding : trip.stated) holders_.failed(*holding, in_doubt, clock_.now());
+  std::erase(trip.stated, nullptr);
+  for (Holding* holding : trip.stated) holders_of(trip.lane).failed(*holding, in_doubt, clock_.now());
   for (Holding* holding : std::exchange(trip.stated, {})) in_step(*holding);
   trip.plan = TripPlan{};
 }

@@ -33,7 +33,7 @@ std::vector<Param> run_params(const Layer& layer) {
   for (const Run& run : layer) {
     const MicroRate rate(run.group->params);
     groups.push_back(run.id());
-    n.add(static_cast<std::int64_t>(run.ops.size()));
+    n.add(run.n());
     if (rate.interval <= 0) {
       each.add_null();
       room.add_null();

@@ -25,14 +25,6 @@ bool share_patience(Nanos a, Nanos b) {
 // Rows written by hand may lie further ahead than nanoseconds reach.
 Nanos nanos(std::int64_t micros) { return micros > kForever / kMicro ? kForever : micros * kMicro; }
 
-bool same_limit(const store::GroupRef& a, const store::GroupRef& b) {
-  if (a == b) return true;
-  const limits::Params &p = a->params, &q = b->params;
-  return p.algorithm == q.algorithm && p.limit == q.limit && p.window == q.window &&
-         p.rate_per_second == q.rate_per_second && p.burst == q.burst &&
-         p.max_concurrent == q.max_concurrent && p.timing_margin == q.timing_margin && p.lease == q.lease;
-}
-
 struct GroupPlan {
   std::vector<Run> runs;
   std::optional<Adjustment> adjustment;
@@ -88,6 +80,14 @@ bool add_adjustment(GroupPlan& plan, QueuedOp* op) {
 }
 
 }  // namespace
+
+bool same_limit(const store::GroupRef& a, const store::GroupRef& b) {
+  if (a == b) return true;
+  const limits::Params &p = a->params, &q = b->params;
+  return p.algorithm == q.algorithm && p.limit == q.limit && p.window == q.window &&
+         p.rate_per_second == q.rate_per_second && p.burst == q.burst &&
+         p.max_concurrent == q.max_concurrent && p.timing_margin == q.timing_margin && p.lease == q.lease;
+}
 
 namespace {
 
@@ -146,6 +146,7 @@ TripPlan plan_trip(const OpList& pending, Nanos now, std::size_t max_layers) {
       case QueuedOp::Kind::refund:
       case QueuedOp::Kind::settle:
       case QueuedOp::Kind::reset: placed = add_adjustment(group, op); break;
+      case QueuedOp::Kind::acquire_all:
       case QueuedOp::Kind::peek: break;
     }
     if (!placed) out.later.push_back(op);
@@ -172,8 +173,8 @@ TripPlan plan_trip(const OpList& pending, Nanos now, std::size_t max_layers) {
 std::vector<std::string_view> TripPlan::groups() const {
   std::vector<std::string_view> out;
   for (const Adjustment& adjustment : adjustments) out.push_back(adjustment.group->id);
-  if (!layers.empty())
-    for (const Run& run : layers.front()) out.push_back(run.id());
+  for (const Layer& layer : layers)
+    for (const Run& run : layer) out.push_back(run.id());
   std::sort(out.begin(), out.end());
   out.erase(std::unique(out.begin(), out.end()), out.end());
   return out;
@@ -185,6 +186,7 @@ OpList TripPlan::ops() const {
     out.insert(out.end(), adjustment.ops.begin(), adjustment.ops.end());
   for (const Layer& layer : layers)
     for (const Run& run : layer) out.insert(out.end(), run.ops.begin(), run.ops.end());
+  for (const Bundle& bundle : bundles) out.insert(out.end(), bundle.ops.begin(), bundle.ops.end());
   out.insert(out.end(), peeks.begin(), peeks.end());
   out.insert(out.end(), window_peeks.begin(), window_peeks.end());
   return out;
@@ -265,6 +267,7 @@ store::Peek read_window_peek(const limits::Params& params, const Rows& rows, int
   out.available = rows.integer(row, 2);
   out.full_after = nanos(rows.integer(row, 3));
   out.in_use = rows.integer(row, 4);
+  out.used = std::max<std::int64_t>(0, params.limit - out.available);
   if (params.has_concurrency())
     out.available = std::min(out.available, std::max<std::int64_t>(0, params.max_concurrent - out.in_use));
   return out;

@@ -27,6 +27,7 @@ namespace ratesync::postgres {
 struct QueuedOp {
   enum class Kind : std::uint8_t {
     acquire,
+    acquire_all,
     restate,  // tell the server how many slots this process holds now
     refund,
     settle,
@@ -46,6 +47,8 @@ struct QueuedOp {
   store::GroupRef group;
   store::AcquireOp* acquire = nullptr;
   std::unique_ptr<Side> side;
+  store::AcquireAllOp* all = nullptr;
+  bool together = false;  // restate: slots that were acquired together with others
 };
 using OpList = std::vector<QueuedOp*>;
 
@@ -56,11 +59,22 @@ struct Run {
   std::int64_t cost = 1;
   Nanos patience = kForever;  // the smallest of its requests
   bool exact = false;
-  OpList ops;  // may be empty: a restatement
+  OpList ops;                 // may be empty: a restatement
+  std::int64_t bundled = -1;  // requests, when they are the bundle's
+  std::size_t bundle = 0;     // runs of one bundle are granted together or not at all
 
   [[nodiscard]] std::string_view id() const { return group->id; }
+  [[nodiscard]] std::int64_t n() const {
+    return bundled >= 0 ? bundled : static_cast<std::int64_t>(ops.size());
+  }
 };
 using Layer = std::vector<Run>;
+
+// Acquisitions of the same limits at the same costs.
+struct Bundle {
+  OpList ops;
+  std::size_t layer = 0;
+};
 
 struct Adjustment {
   store::GroupRef group;
@@ -74,7 +88,8 @@ struct TripPlan {
   std::vector<Layer> layers;
   std::vector<Adjustment> adjustments;  // one per group, sorted
   OpList peeks, window_peeks;
-  OpList later;  // did not fit: next round, in this order
+  std::vector<Bundle> bundles;  // of several limits at once; their runs are in `layers`
+  OpList later;                 // did not fit: next round, in this order
   Nanos now = 0;
 
   // Groups whose rows are written or decided on, sorted, each once.
@@ -85,6 +100,11 @@ struct TripPlan {
 inline constexpr std::size_t kMaxLayers = 16;
 
 TripPlan plan_trip(const OpList& pending, Nanos now, std::size_t max_layers);
+
+// The same for acquisitions of several limits (and restatements of their slots). Those that ask for the same
+// are one bundle; those that share no limit share a layer; those that share some are in layers one after
+// the other. A limit with slots is in one bundle of a trip only: how many we hold must be known.
+TripPlan plan_together(const OpList& pending, Nanos now, std::size_t max_layers);
 
 // One row of the answer to a run.
 struct RunAnswer {
@@ -102,6 +122,12 @@ struct RunAnswer {
   std::int64_t remaining = 0;
   std::int64_t full_after = 0;  // us
 };
+
+bool same_limit(const store::GroupRef& a, const store::GroupRef& b);
+
+// What one limit says to request number `i` of its bundle, of which `answer.granted` are granted.
+store::AcquireReply deal_part(const Run& run, const RunAnswer& answer, store::HolderId holder,
+                              std::int64_t i);
 
 // Fills the replies of the run's requests. Returns those that have to be asked again, alone: refused
 // for the patience of another. `done` gets the others.

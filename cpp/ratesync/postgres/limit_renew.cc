@@ -18,17 +18,21 @@ constexpr Nanos kPurgePause = 60 * kSecond;
 }  // namespace
 
 void PgLimitStore::release(const GroupRef& group, store::HolderId holder) {
-  if (Holding* holding = holders_.release(group->id, holder)) in_step(*holding);
+  Holding* holding = holders_.release(group->id, holder);
+  if (!holding) holding = holders_together_.release(group->id, holder);
+  if (holding) in_step(*holding);
 }
 
 void PgLimitStore::in_step(Holding& holding) {
   if (holding.held > 0 && leases()) arm(holding.renewed + holding.group->params.lease / 3);
   if (holding.flying || holding.queued) return;
-  if (holding.in_step() || closing_) return holders_.tidy(holding);
+  Holders& holders = holders_of(holding);
+  if (holding.in_step() || closing_) return holders.tidy(holding);
   if (holding.unstated_since != kForever)
     return arm(clock_.now() + kRestatePause);  // the last attempt failed
   holding.queued = true;
-  push(QueuedOp{QueuedOp::Kind::restate, false, holding.group, nullptr, nullptr});
+  push(QueuedOp{QueuedOp::Kind::restate, false, holding.group, nullptr, nullptr, nullptr,
+                &holders == &holders_together_});
 }
 
 void PgLimitStore::report_lost(const std::string& group, store::HolderId holder, std::int64_t slots) {
@@ -49,23 +53,29 @@ void PgLimitStore::tick() {
   armed_ = kForever;
   if (closing_) return;
   const Nanos now = clock_.now();
-  Holders::Due due = holders_.due(now, kRestatePause, leases());
+  tick(holders_, now);
+  tick(holders_together_, now);
+}
+
+void PgLimitStore::tick(Holders& holders, Nanos now) {
+  Holders::Due due = holders.due(now, kRestatePause, leases());
   for (Holding* holding : due.lost) {
     const std::string group = holding->group->id;
     const store::HolderId before = holding->id;
-    const std::int64_t slots = holders_.forget(*holding);
+    const std::int64_t slots = holders.forget(*holding);
     holding->stated = Holding::kUnknown;
     holding->unstated_since = now;
     report_lost(group, before, slots);
   }
   for (Holding* holding : due.restate) {
     holding->queued = true;
-    push(QueuedOp{QueuedOp::Kind::restate, false, holding->group, nullptr, nullptr});
+    push(QueuedOp{QueuedOp::Kind::restate, false, holding->group, nullptr, nullptr, nullptr,
+                  &holders == &holders_together_});
   }
   for (std::size_t from = 0; from < due.renew.size(); from += kRenewAtOnce) {
     const std::size_t to = std::min(due.renew.size(), from + kRenewAtOnce);
-    renew({due.renew.begin() + static_cast<std::ptrdiff_t>(from),
-           due.renew.begin() + static_cast<std::ptrdiff_t>(to)});
+    renew(holders, {due.renew.begin() + static_cast<std::ptrdiff_t>(from),
+                    due.renew.begin() + static_cast<std::ptrdiff_t>(to)});
   }
   if (due.next != kForever) arm(due.next);
 }
@@ -83,14 +93,14 @@ struct Asked {
 
 }  // namespace
 
-void PgLimitStore::renew(std::vector<Holding*> due) {
+void PgLimitStore::renew(Holders& holders, std::vector<Holding*> due) {
   auto asked = std::make_shared<std::vector<Asked>>();
   for (const Holding* holding : due)
     asked->push_back(
         {holding->group->id, holding->id, holding->changes, holding->flying, holding->group->params.lease});
   std::sort(asked->begin(), asked->end(), [](const Asked& a, const Asked& b) { return a.group < b.group; });
 
-  backend_.pool().get([this, asked, alive = alive_](Result<PgPool::Lease> got) {
+  backend_.pool().get([this, &holders, asked, alive = alive_](Result<PgPool::Lease> got) {
     if (!*alive) return;
     if (!got.ok()) return;  // tick() comes back, until the lease is over
     if (!leases()) return backend_.pool().put(std::move(got.value()));
@@ -109,32 +119,34 @@ void PgLimitStore::renew(std::vector<Holding*> due) {
     count(calls, asked->size());
     const PgPool::Lease connection = got.value();
     const Nanos sent = clock_.now();
-    connection->run(std::move(calls), [this, asked, connection, sent, alive](PipelineResult result) {
-      if (!*alive) return;
-      backend_.pool().put(connection);
-      if (!result.status.ok()) {
-        if (result.status.code == Code::server) (void)backend_.explain(result);
-        return;
-      }
-      std::vector<std::string> kept;
-      const Rows& rows = *result.results[1];
-      for (int row = 0; row < rows.rows(); ++row) kept.emplace_back(rows.text(row, 0));
-      std::sort(kept.begin(), kept.end());
-      for (const Asked& item : *asked) {
-        Holding* holding = holders_.find(item.group);
-        if (!holding || holding->id != item.holder || holding->held == 0) continue;
-        if (std::binary_search(kept.begin(), kept.end(), item.group)) {
-          holding->renewed = std::max(holding->renewed, sent);
-          continue;
-        }
-        // Not there. If a statement about the group crossed the renewal, that one knows better.
-        if (item.flying || holding->changes != item.changes) continue;
-        const std::int64_t slots = holders_.forget(*holding);
-        holding->stated = 0;
-        report_lost(item.group, item.holder, slots);
-        if (Holding* still = holders_.find(item.group)) holders_.tidy(*still);
-      }
-    });
+    connection->run(std::move(calls),
+                    [this, &holders, asked, connection, sent, alive](PipelineResult result) {
+                      if (!*alive) return;
+                      backend_.pool().put(connection);
+                      if (!result.status.ok()) {
+                        if (result.status.code == Code::server) (void)backend_.explain(result);
+                        return;
+                      }
+                      std::vector<std::string> kept;
+                      const Rows& rows = *result.results[1];
+                      for (int row = 0; row < rows.rows(); ++row) kept.emplace_back(rows.text(row, 0));
+                      std::sort(kept.begin(), kept.end());
+                      for (const Asked& item : *asked) {
+                        Holding* holding = holders.find(item.group);
+                        if (!holding || holding->id != item.holder || holding->held == 0) continue;
+                        if (std::binary_search(kept.begin(), kept.end(), item.group)) {
+                          holding->renewed = std::max(holding->renewed, sent);
+                          continue;
+                        }
+                        // Not there. If a statement about the group crossed the renewal, that one knows
+                        // better.
+                        if (item.flying || holding->changes != item.changes) continue;
+                        const std::int64_t slots = holders.forget(*holding);
+                        holding->stated = 0;
+                        report_lost(item.group, item.holder, slots);
+                        if (Holding* still = holders.find(item.group)) holders.tidy(*still);
+                      }
+                    });
   });
 }
 
@@ -185,39 +197,40 @@ void PgLimitStore::close(Nanos patience, std::function<void()> done) {
 void PgLimitStore::maybe_closed() {
   if (!closing_ || trips_ > 0 || !closed_) return;
   // Once: from here on nothing is queued any more.
-  flush_slots([this] {
-    timer_->cancel();
-    if (closed_) std::exchange(closed_, nullptr)();
+  ++trips_;
+  flush_slots(*lanes_[(lanes_.size() - 2) / 3], [this] {
+    flush_slots(*lanes_.back(), [this] {
+      timer_->cancel();
+      if (closed_) std::exchange(closed_, nullptr)();
+    });
   });
 }
 
 // Slots that were given back too late for a trip of their own.
-void PgLimitStore::flush_slots(std::function<void()> done) {
+void PgLimitStore::flush_slots(Lane& lane, std::function<void()> done) {
   Layer layer;
-  for (auto& [id, holding] : holders_)
+  for (auto& [id, holding] : holders_of(lane))
     if (!holding.in_step() && layer.size() < kRenewAtOnce)
-      layer.push_back(Run{holding.group, 1, kForever, false, {}});
+      layer.push_back(Run{holding.group, 1, kForever, false, {}, 0, layer.size()});
   if (layer.empty() || backend_.pool().down()) return done();
   std::sort(layer.begin(), layer.end(), [](const Run& a, const Run& b) { return a.id() < b.id(); });
-  ++trips_;  // not twice
-  backend_.pool().get(
-      [this, layer = std::move(layer), done = std::move(done), alive = alive_](Result<PgPool::Lease> got) {
-        if (!*alive) return;
-        if (!got.ok()) return done();
-        Lane& lane = *lanes_[lanes_.size() / 3];  // of slots
-        auto trip = std::make_shared<Trip>(lane, OpBatcher::Batch{}, got.value());
-        std::vector<std::string_view> groups;
-        for (const Run& run : layer) groups.push_back(run.id());
-        std::vector<Call> calls;
-        calls.push_back({&backend_.limit_sql().lock, {Param::text(array_of_text(groups))}});
-        calls.push_back(decide_call(*trip, layer));
-        count(calls, layer.size());
-        trip->connection->run(std::move(calls), [this, trip, done, alive](const PipelineResult&) {
-          if (!*alive) return;
-          backend_.pool().put(std::exchange(trip->connection, nullptr));
-          done();
-        });
-      });
+  backend_.pool().get([this, &lane, layer = std::move(layer), done = std::move(done),
+                       alive = alive_](Result<PgPool::Lease> got) {
+    if (!*alive) return;
+    if (!got.ok()) return done();
+    auto trip = std::make_shared<Trip>(lane, OpBatcher::Batch{}, got.value());
+    std::vector<std::string_view> groups;
+    for (const Run& run : layer) groups.push_back(run.id());
+    std::vector<Call> calls;
+    calls.push_back({&backend_.limit_sql().lock, {Param::text(array_of_text(groups))}});
+    calls.push_back(decide_call(*trip, layer));
+    count(calls, layer.size());
+    trip->connection->run(std::move(calls), [this, trip, done, alive](const PipelineResult&) {
+      if (!*alive) return;
+      backend_.pool().put(std::exchange(trip->connection, nullptr));
+      done();
+    });
+  });
 }
 
 }  // namespace ratesync::postgres

@@ -124,6 +124,8 @@ LimitSql make_limit_sql(const LimitTables& tables) {
   sql.rate = named("rate", fill(kRate, tables));
   sql.lock = named("lock", fill(kLock, tables));
   sql.slots = named("slots", decide_sql(tables, {}));
+  sql.together =
+      named("together", decide_sql(tables, {.windows = !tables.windows.empty(), .together = true}));
   sql.adjust = named("adjust", fill(kAdjust, tables));
   sql.peek = named("peek", fill(with_in_use(kPeek, leases, "i.g"), tables));
   sql.list_groups = {"", fill(with_in_use(kListGroups, leases, "s.group_id"), tables)};

@@ -35,8 +35,9 @@ struct LimitSql {
   // After `lock`: decide_sql.cc, parameters as decide_params() makes them. Row: ord, k, ahead, stamp,
   // may (but for slots), free (slots left), lost, wrote; for windows also waits int8[] us of those
   // granted, retry us of the next, units left, us until all is left.
-  Statement slots;    // token buckets and slots
-  Statement windows;  // windows too. Empty without their tables
+  Statement slots;     // token buckets and slots
+  Statement windows;   // windows too. Empty without their tables
+  Statement together;  // all of them, in bundles
   // $1 text[] group, $2 int8[] us, $3 int8[] stamp or NULL, $4 int4[] AdjustMode, $5 int8[] us per unit
   Statement adjust;
   // $1 text[]: the leases of groups that are being reset. Empty without leases.

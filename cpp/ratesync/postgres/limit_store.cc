@@ -97,6 +97,7 @@ PgLimitStore::PgLimitStore(asio::io_context& io, const Clock& clock, LimitBacken
       backend_(backend),
       options_(std::move(options)),
       holders_((static_cast<std::uint64_t>(std::random_device{}()) << 32) ^ std::random_device{}()),
+      holders_together_((static_cast<std::uint64_t>(std::random_device{}()) << 32) ^ std::random_device{}()),
       timer_(std::make_unique<asio::steady_timer>(io)),
       random_(std::random_device{}()) {
   const std::size_t count = std::max<std::size_t>(options_.lanes, 1);
@@ -104,6 +105,9 @@ PgLimitStore::PgLimitStore(asio::io_context& io, const Clock& clock, LimitBacken
     for (std::size_t i = 0; i < count; ++i)
       lanes_.push_back(
           std::make_unique<Lane>(batch::BatcherOptions{options_.max_batch, options_.max_queue, 1}, kind));
+  for (const Kind kind : {Kind::together, Kind::together_slots})
+    lanes_.push_back(
+        std::make_unique<Lane>(batch::BatcherOptions{options_.max_batch, options_.max_queue, 1}, kind));
 }
 
 PgLimitStore::~PgLimitStore() { *alive_ = false; }
@@ -111,12 +115,26 @@ PgLimitStore::~PgLimitStore() { *alive_ = false; }
 // --- queueing -----------------------------------------------------------------------------------
 
 PgLimitStore::Lane& PgLimitStore::lane_of(const GroupRef& group) {
-  const std::size_t count = lanes_.size() / 3;
+  const std::size_t count = (lanes_.size() - 2) / 3;
   const std::size_t hash = std::hash<std::string>{}(group->id);
   const Kind kind = group->params.has_concurrency() ? Kind::slots
                     : group->params.is_window()     ? Kind::windows
                                                     : Kind::rates;
   return *lanes_[static_cast<std::size_t>(kind) * count + hash % count];
+}
+
+PgLimitStore::Lane& PgLimitStore::lane_of(const QueuedOp& op) {
+  if (op.together) return *lanes_.back();
+  if (!op.all) return lane_of(op.group);
+  const auto& parts = op.all->parts;
+  const bool slots = std::any_of(parts.begin(), parts.end(), [](const store::Part& part) {
+    return part.group->params.has_concurrency();
+  });
+  return **(lanes_.end() - (slots ? 1 : 2));
+}
+
+Holders& PgLimitStore::holders_of(const Holding& holding) {
+  return holders_.find(holding.group->id) == &holding ? holders_ : holders_together_;
 }
 
 void PgLimitStore::fail(QueuedOp& op, const Status& status) {
@@ -126,8 +144,13 @@ void PgLimitStore::fail(QueuedOp& op, const Status& status) {
       op.acquire->reply.status = status;
       op.acquire->done();
       return;
+    case QueuedOp::Kind::acquire_all:
+      op.all->status = status;
+      op.all->granted = false;
+      op.all->done();
+      return;
     case QueuedOp::Kind::restate:
-      if (Holding* holding = holders_.find(op.group->id)) {
+      if (Holding* holding = (op.together ? holders_together_ : holders_).find(op.group->id)) {
         holding->queued = false;
         holders_.failed(*holding, false, clock_.now());
         arm(clock_.now() + kRestatePause);
@@ -143,9 +166,10 @@ void PgLimitStore::fail(QueuedOp& op, const Status& status) {
 }
 
 void PgLimitStore::push(QueuedOp op) {
-  if (Status bad = check_group(op.group->id); !bad.ok()) return fail(op, bad);
-  Lane& lane = lane_of(op.group);
-  AcquireOp* const acquire = op.acquire;
+  if (op.group)
+    if (Status bad = check_group(op.group->id); !bad.ok()) return fail(op, bad);
+  Lane& lane = lane_of(op);
+  const void* const acquire = op.all ? static_cast<const void*>(op.all) : op.acquire;
   const Result<batch::Ticket> ticket = lane.batcher.push(std::move(op), 0);
   if (!ticket.ok()) return fail(op, ticket.status());  // refused: op is still ours
   if (acquire) tickets_[acquire] = ticket.value();
@@ -162,6 +186,28 @@ bool PgLimitStore::abandon(AcquireOp* op) {
   const auto found = tickets_.find(op);
   if (found == tickets_.end()) return false;
   const bool ours = lane_of(op->group).batcher.cancel(found->second).has_value();
+  tickets_.erase(found);
+  return ours;
+}
+
+void PgLimitStore::acquire_all(store::AcquireAllOp* op) {
+  QueuedOp queued;
+  queued.kind = QueuedOp::Kind::acquire_all;
+  queued.all = op;
+  for (const store::Part& part : op->parts) {
+    Status bad = check_group(part.group->id);
+    if (bad.ok()) bad = check_cost(*part.group, part.cost);
+    if (!bad.ok()) return fail(queued, bad);
+  }
+  push(std::move(queued));
+}
+
+bool PgLimitStore::abandon(store::AcquireAllOp* op) {
+  const auto found = tickets_.find(op);
+  if (found == tickets_.end()) return false;
+  QueuedOp queued;
+  queued.all = op;
+  const bool ours = lane_of(queued).batcher.cancel(found->second).has_value();
   tickets_.erase(found);
   return ours;
 }
@@ -215,7 +261,7 @@ void PgLimitStore::fail_queued(Lane& lane, const Status& status) {
     auto batch = lane.batcher.take();
     if (!batch) break;
     left -= std::min(left, batch->ops.size());
-    for (QueuedOp& op : batch->ops) tickets_.erase(op.acquire);
+    for (QueuedOp& op : batch->ops) tickets_.erase(op.all ? static_cast<const void*>(op.all) : op.acquire);
     lane.batcher.finished(batch->id);
     for (QueuedOp& op : batch->ops) fail(op, status);
   }

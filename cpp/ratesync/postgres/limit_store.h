@@ -63,6 +63,8 @@ class PgLimitStore final : public store::LimitStore {
 
   void acquire(store::AcquireOp* op) override;
   bool abandon(store::AcquireOp* op) override;
+  void acquire_all(store::AcquireAllOp* op) override;
+  bool abandon(store::AcquireAllOp* op) override;
   void release(const store::GroupRef& group, store::HolderId holder) override;
   std::int64_t refund(const store::GroupRef& group, std::int64_t cost, std::int64_t stamp) override;
   void settle(const store::GroupRef& group, std::int64_t delta, store::Callback<store::Unit> done) override;
@@ -78,10 +80,13 @@ class PgLimitStore final : public store::LimitStore {
 
  private:
   using OpBatcher = batch::Batcher<QueuedOp>;
-  enum class Kind : std::uint8_t { rates, slots, windows };
+  // Several limits at once have lanes of their own too, and hold their slots under ids of their own: two
+  // statements under way never speak of the same lease.
+  enum class Kind : std::uint8_t { rates, slots, windows, together, together_slots };
   struct Lane {
     Lane(const batch::BatcherOptions& options, Kind its_kind) : batcher(options), kind(its_kind) {}
-    [[nodiscard]] bool slots() const { return kind == Kind::slots; }
+    [[nodiscard]] bool slots() const { return kind == Kind::slots || kind == Kind::together_slots; }
+    [[nodiscard]] bool together() const { return kind == Kind::together || kind == Kind::together_slots; }
     OpBatcher batcher;
     const Kind kind;
     bool busy = false;  // a trip is under way or waits for its connection
@@ -90,6 +95,9 @@ class PgLimitStore final : public store::LimitStore {
   using TripPtr = std::shared_ptr<Trip>;
 
   Lane& lane_of(const store::GroupRef& group);
+  Lane& lane_of(const QueuedOp& op);
+  Holders& holders_of(const Lane& lane) { return lane.together() ? holders_together_ : holders_; }
+  Holders& holders_of(const Holding& holding);
   void push(QueuedOp op);
   void fail(QueuedOp& op, const Status& status);
   void pump(Lane& lane);
@@ -100,13 +108,16 @@ class PgLimitStore final : public store::LimitStore {
   // insert, or did not fit, is asked again before the lane takes new operations.
   void begin_trip(Lane& lane, OpBatcher::Batch batch, PgPool::Lease connection, unsigned in_a_row);
   void start_round(const TripPtr& trip);
-  void drop_needless_restatements(OpList& pending);
+  void drop_needless_restatements(Lane& lane, OpList& pending);
   void refuse_windows(OpList& pending);
   std::vector<Call> build_calls(Trip& trip);
   void add_adjustments(const TripPlan& plan, std::vector<Call>& calls);
   Call decide_call(Trip& trip, const Layer& layer);
   void answered(TripPtr trip, PipelineResult result);
   void deal_layer(Trip& trip, const Layer& layer, const Rows& rows, Dealt& dealt);
+  RunAnswer read_answer(Trip& trip, const Run& run, Holding* holding, const Rows& rows, int row,
+                        Dealt& dealt);
+  void deal_together(Trip& trip, std::size_t layer, const Rows& rows, Dealt& dealt);
   void deal_peeks(Trip& trip, const PipelineResult& result, Dealt& dealt);
   void deal_sides(Trip& trip, Dealt& dealt);
   void failed(const TripPtr& trip, const PipelineResult& result);
@@ -120,9 +131,10 @@ class PgLimitStore final : public store::LimitStore {
   void report_lost(const std::string& group, store::HolderId holder, std::int64_t slots);
   void arm(Nanos at);
   void tick();
-  void renew(std::vector<Holding*> due);
+  void tick(Holders& holders, Nanos now);
+  void renew(Holders& holders, std::vector<Holding*> due);
   void purge();
-  void flush_slots(std::function<void()> done);
+  void flush_slots(Lane& lane, std::function<void()> done);
   void maybe_closed();
   [[nodiscard]] bool leases() const { return !backend_.limit_sql().renew.sql.empty(); }
   [[nodiscard]] bool windows() const { return !backend_.limit_sql().windows.sql.empty(); }
@@ -132,9 +144,10 @@ class PgLimitStore final : public store::LimitStore {
   const Clock& clock_;
   LimitBackend& backend_;
   const LimitStoreOptions options_;
-  std::vector<std::unique_ptr<Lane>> lanes_;  // by kind
-  std::unordered_map<store::AcquireOp*, batch::Ticket> tickets_;
+  std::vector<std::unique_ptr<Lane>> lanes_;                // by kind
+  std::unordered_map<const void*, batch::Ticket> tickets_;  // of AcquireOp and AcquireAllOp
   Holders holders_;
+  Holders holders_together_;
   std::function<void(const std::string&, store::HolderId)> lost_;
   std::unique_ptr<asio::steady_timer> timer_;
   Nanos armed_ = kForever;

@@ -20,11 +20,12 @@ struct PgLimitStore::Trip {
   Lane& lane;
   OpBatcher::Batch batch;  // owns the operations
   PgPool::Lease connection;
-  unsigned trips_in_a_row = 1;   // on this connection, without giving it back
-  OpList pending;                // not answered yet, for the next round
-  std::vector<OpList> parked;    // cut off because one of `pending` is bad; the last comes first
-  TripPlan plan;                 // of the round under way
-  std::vector<Holding*> stated;  // what the round states about slots, run by run
+  unsigned trips_in_a_row = 1;           // on this connection, without giving it back
+  OpList pending;                        // not answered yet, for the next round
+  std::vector<OpList> parked;            // cut off because one of `pending` is bad; the last comes first
+  TripPlan plan;                         // of the round under way
+  std::vector<Holding*> stated;          // what the round states about slots, run by run; null: no slots
+  std::vector<std::size_t> stated_from;  // layer by layer
   std::size_t layer_call = 0, peek_call = 0, window_peek_call = 0;  // indexes into the pipeline
   unsigned attempt = 1;                                             // of the round
   unsigned lost_races = 0;  // rounds in a row in which an insert was lost
@@ -38,7 +39,7 @@ struct Dealt {
     store::HolderId holder;
     std::int64_t slots;
   };
-  OpList acquires;  // replies are filled in
+  OpList acquires;  // of one limit or several; replies are filled in
   OpList again;     // ask once more
   OpList sides;     // refund, settle, reset
   std::vector<std::pair<QueuedOp*, store::Peek>> peeks;
