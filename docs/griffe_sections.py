@@ -19,7 +19,12 @@ class ExampleSections(griffe.Extension):
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
         from ratesync import _core
 
-        function = pkg["_core.acquire"]
+        core = pkg["_core"]
+        if "acquire" not in core.members:  # a stub has overloads only, which griffe keeps elsewhere
+            shown, several, *_ = core.overloads["acquire"]
+            shown.overloads = [several]
+            core.set_member("acquire", shown)
+        function = core["acquire"]
         if function.docstring is None:
             text = inspect.getdoc(_core.acquire) or ""
             # The builtin's first lines are its signature, up to "--", where Python has not cut them off.
