@@ -16,6 +16,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 import ratesync
+from ratesync._schemas import ENGINES
 from ratesync.contrib.fastapi import (
     CompositeRateLimitDependency,
     RateLimitDependency,
@@ -29,13 +30,14 @@ from ratesync.contrib.fastapi import (
 pytestmark = pytest.mark.usefixtures("ratesync_registry")
 
 
-@pytest.fixture(params=["memory", "postgres"])
+@pytest.fixture(params=[engine for engine in ("memory", "postgres", "redis") if engine in ENGINES])
 def store(request: pytest.FixtureRequest) -> str:
-    if request.param == "memory":
-        ratesync.configure_store("s", "memory")
-    else:
-        url = request.getfixturevalue("ratesync_postgres_url")
-        ratesync.configure_store("s", "postgres", url=url, auto_create=True)
+    options = {}
+    if request.param != "memory":
+        options["url"] = request.getfixturevalue(f"ratesync_{request.param}_url")
+    if request.param == "postgres":
+        options["auto_create"] = True
+    ratesync.configure_store("s", request.param, **options)
     return "s"
 
 
