@@ -293,3 +293,41 @@ def test_a_child_keeps_none_of_the_loops_queues_open() -> None:
                 assert eventfds() == before
         asyncio.run(main())
     """)
+
+
+def test_a_limiter_without_a_name_renews_itself_in_the_child() -> None:
+    run("""
+        limiter = ratesync.MemoryRateLimiter("direct", rate_per_second=0.001, max_concurrent=1)
+        configure_limiter("direct", rate_per_second=0.001, burst=50)  # not this one
+        assert limiter.try_acquire().wait()
+
+        def child():
+            assert limiter._release_bare() is False  # the slot is the parent's
+            assert [limiter.try_acquire().wait() for _ in range(2)] == [True, False]
+            in_child(lambda: limiter.try_acquire().wait() or os._exit(9))
+
+        in_child(child)
+        assert not limiter.try_acquire().wait()
+        assert limiter.release().wait() is True
+    """)
+
+
+def test_children_of_a_preloading_server_share_a_limit_in_the_database(ratesync_postgres_url: str) -> None:
+    run(f"""
+        url = {ratesync_postgres_url!r}
+        limiter = ratesync.PostgresRateLimiter(url, "api", rate_per_second=0.001, burst=3, auto_create=True)
+        assert limiter.try_acquire().wait()
+
+        @ratesync.rate_limited(limiter, timeout=0, mode="try")
+        def work():
+            return True
+
+        def child():
+            assert work()
+            limiter.disconnect().wait()
+            limiter.initialize().wait()
+
+        in_child(child)
+        in_child(child)
+        assert work() is None
+    """)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from typing import Any
 
 import pytest
@@ -186,3 +187,29 @@ async def test_another_prefix_is_another_limit(ratesync_redis_url: str) -> None:
         for prefix in ("one", "two")
     ]
     assert [await limiter.try_acquire() for limiter in limiters] == [True, True]
+
+
+async def test_checks_cancelled_at_any_moment_leave_no_charge_behind(ratesync_postgres_url: str) -> None:
+    ratesync.configure_store("db", "postgres", url=ratesync_postgres_url, auto_create=True)
+    ratesync.configure_limiter("a", "db", rate_per_second=0.001, burst=1000)
+    ratesync.configure_limiter("b", "db", rate_per_second=0.001, burst=1000, max_concurrent=500)
+    ratesync.configure_limiter("local", rate_per_second=0.001, burst=1000)
+    await ratesync.initialize_all_limiters()
+    chance = random.Random(7)
+    granted = 0
+
+    async def check() -> None:
+        nonlocal granted
+        granted += (await ratesync.check_multi_limiters(["a", "b", "local"])).allowed
+
+    for _ in range(30):
+        tasks = [asyncio.create_task(check()) for _ in range(5)]
+        for _ in range(chance.randrange(12)):
+            await asyncio.sleep(0 if chance.random() < 0.5 else 0.001)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    # Who is cancelled after the grant, while asking for numbers, stays charged: nobody refused.
+    used = [(await ratesync.get_limiter(name).peek()).current_usage for name in ("a", "b", "local")]
+    assert used[0] == used[1] == used[2] >= granted > 0
+    assert (await ratesync.get_limiter("b").peek()).in_use == 0

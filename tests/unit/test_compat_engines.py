@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
 from typing import Any
 
 import pytest
@@ -197,20 +196,3 @@ def test_two_runs_of_asyncio_use_one_limiter() -> None:
     asyncio.run(use())
     asyncio.run(use())
     assert limiter.get_metrics().total_acquisitions == 6
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_forked_child_uses_a_limiter_that_has_no_name() -> None:
-    limiter = MemoryRateLimiter("api", rate_per_second=0.001)
-    ratesync.configure_limiter("api", rate_per_second=0.001, burst=50)  # another one of that name
-    assert limiter.try_acquire().wait()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            answers = [limiter.try_acquire().wait() for _ in range(2)]
-            os._exit(0 if answers == [True, False] and limiter.release().wait() is False else 1)
-        finally:
-            os._exit(2)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    assert not limiter.try_acquire().wait()
