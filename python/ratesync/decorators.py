@@ -83,6 +83,7 @@ def rate_limited(
             needs an argument that the function does not have.
         LimiterNotFoundError: at the call; no such limiter.
         AcquireTimeoutError: at the call; the slot would come too late.
+        TypeError: at the call; a plain function returned a coroutine, which would run unlimited.
         RuntimeError: at the call; a plain function would have to block a running event loop.
 
     Example:
@@ -149,7 +150,7 @@ class _Source:
             return
         self._factory = source
         self.is_async = _is(inspect.iscoroutinefunction, source)
-        self._signature = inspect.signature(function)
+        self._signature = _signature(function)
         self._positional: list[str] = []
         self._named: set[str] = set()
         self._takes_all = False
@@ -272,6 +273,13 @@ def _is(kind: Callable[[object], bool], function: Any) -> bool:
     )
 
 
+def _signature(function: Any) -> inspect.Signature:
+    try:
+        return inspect.signature(function)
+    except ValueError:  # functions written in C may have none: any arguments, and none has a name
+        return inspect.signature(lambda *args, **kwargs: None)
+
+
 def _name(function: Any) -> str:
     return str(getattr(function, "__qualname__", None) or type(function).__name__)
 
@@ -298,8 +306,8 @@ def _wrap(function: Any, source: _Source, timeout: float | None, gives_none: boo
     functools.update_wrapper(wrapper, function)
     try:  # frameworks read the annotations, whose names this module does not know
         wrapper.__signature__ = inspect.signature(function, eval_str=True)
-    except Exception:  # a name that is only known to type checkers
-        wrapper.__signature__ = inspect.signature(function)
+    except Exception:  # a name that is only known to type checkers, or no signature at all
+        wrapper.__signature__ = _signature(function)
     return wrapper
 
 
@@ -307,12 +315,12 @@ def _coroutine_function(function: Any, source: _Source, timeout: float | None, g
     name = _name(function)
 
     async def call(*args: Any, **kwargs: Any) -> Any:
+        found = source.fixed
+        context = None if found is None else _context(found, timeout, name)
+        if context is None:
+            context = await _prepare(source(args, kwargs), timeout, name)
         entered = False
         try:
-            found = source.fixed
-            context = None if found is None else _context(found, timeout, name)
-            if context is None:
-                context = await _prepare(source(args, kwargs), timeout, name)
             async with context:
                 entered = True
                 return await function(*args, **kwargs)
@@ -328,15 +336,23 @@ def _plain_function(function: Any, source: _Source, timeout: float | None, gives
     name = _name(function)
 
     def call(*args: Any, **kwargs: Any) -> Any:
+        context = _Blocked(_enter(source(args, kwargs), timeout, name), name)
         entered = False
         try:
-            with _Blocked(_enter(source(args, kwargs), timeout, name), name):
+            with context:
                 entered = True
-                return function(*args, **kwargs)
+                result = function(*args, **kwargs)
         except RateLimiterAcquisitionError:
             if entered or not gives_none:
                 raise
             return None
+        if inspect.iscoroutine(result):
+            result.close()
+            raise TypeError(
+                f"{name}() returned a coroutine that would run after its limit has ended: make {name}() a "
+                "coroutine function (async def)"
+            )
+        return result
 
     return call
 

@@ -124,6 +124,26 @@ async def test_callable_objects_and_partials_are_functions_too() -> None:
     assert await rate_limited("free")(functools.partial(add, 1))(2) == 3
 
 
+def test_functions_written_in_c_need_no_signature() -> None:
+    assert rate_limited("free")(min)(3, 2) == 2
+    assert rate_limited(lambda: "free")(min)(3, 2) == 2
+    assert rate_limited(lambda **arguments: arguments.get("id", "free"))(min)(3, 2) == 2
+
+
+async def test_a_plain_function_does_not_return_a_coroutine_past_its_limit() -> None:
+    async def fetch() -> int:
+        return await used("slots")
+
+    @rate_limited("slots")
+    @functools.wraps(fetch)
+    def logged() -> Any:  # what a decorator that forgot about coroutines makes
+        return fetch()
+
+    with pytest.raises(TypeError, match=r"returned a coroutine .*async def"):
+        logged()
+    assert await used("slots") == 0
+
+
 async def test_an_async_generator_holds_its_slot_from_start_to_end() -> None:
     @rate_limited("slots")
     async def numbers(count: int) -> AsyncGenerator[int, None]:
@@ -417,6 +437,27 @@ async def test_errors_of_a_factory_and_wrong_results_pass_through() -> None:
         await first()
     with pytest.raises(TypeError, match="returned int"):
         await second()
+
+
+async def test_mode_try_never_swallows_a_refusal_that_its_factory_met() -> None:
+    await get_limiter("api").acquire()
+
+    def find() -> str:
+        with ratesync.acquire("api", timeout=0):
+            return "free"
+
+    async def find_async() -> str:
+        return find()
+
+    async def body() -> str:
+        return "ran"
+
+    with pytest.raises(AcquireTimeoutError, match="api"):
+        rate_limited(find, timeout=0, mode="try")(lambda: "ran")()
+    with pytest.raises(AcquireTimeoutError, match="api"):
+        await rate_limited(find, timeout=0, mode="try")(body)()
+    with pytest.raises(AcquireTimeoutError, match="api"):
+        await rate_limited(find_async, timeout=0, mode="try")(body)()
 
 
 def test_an_async_factory_is_not_for_a_plain_function() -> None:
