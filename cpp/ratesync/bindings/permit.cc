@@ -135,8 +135,8 @@ PyObject* raise_closed(const LimiterImpl& impl) {
   return raise_not_taken(
       *impl.engine, impl.store_id,
       "limiter '" + impl.id +
-          "' belongs to an engine that was shut down: get it again with get_limiter() after "
-          "configuring its store");
+          "' belongs to an engine that was shut down: get it again with get_limiter(), or initialize() it if "
+          "you constructed it");
 }
 
 PermitObject* new_permit(LimiterObject* limiter, Nanos timeout, std::int64_t cost, PyObject* key) {
