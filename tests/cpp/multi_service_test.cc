@@ -264,6 +264,69 @@ TEST(Time, ALineOfImpatientOnesDoesNotAskOneByOne) {
   EXPECT_TRUE(rig.done(last));
 }
 
+TEST(Time, TenThousandLinesThroughOneLimitTakeTurns) {
+  Multi rig;
+  std::vector<MultiTask*> tasks;
+  for (int i = 0; i < 10'000; ++i) {
+    tasks.push_back(rig.start({"ar", "ax" + std::to_string(i)}));
+    rig.first.refuse_all({{"ar", 100 * kSecond}});
+  }
+  int asked = rig.first.questions;
+  for (int round = 0; round < 100; ++round) {
+    rig.run(100 * kSecond);
+    ASSERT_EQ(rig.first.asked_all.size(), 1U);
+    rig.first.grant_all(0, 0);
+    ASSERT_TRUE(rig.done(tasks[static_cast<std::size_t>(round)])) << "in order of arrival";
+    ASSERT_EQ(rig.first.asked_all.size(), 1U) << "the next learns the time";
+    rig.first.refuse_all({{"ar", 100 * kSecond}});
+  }
+  EXPECT_EQ(rig.first.questions - asked, 200);
+  asked = rig.first.questions;
+  rig.run(100 * kSecond);
+  std::size_t most = 0;
+  while (rig.inbox->arrived.size() < tasks.size()) {
+    most = std::max(most, rig.first.asked_all.size());
+    ASSERT_FALSE(rig.first.asked_all.empty());
+    rig.first.grant_all(0, 1'000'000);
+  }
+  EXPECT_GT(most, 100U);
+  EXPECT_EQ(rig.first.questions - asked, 9'900);
+  for (std::size_t i = 0; i < tasks.size(); ++i) ASSERT_EQ(rig.inbox->arrived[i], tasks[i]);
+}
+
+TEST(Time, ATurnIsPassedOnByWhoeverCannotUseIt) {
+  for (int way = 0; way < 4; ++way) {
+    Multi rig;
+    rig.first.can_abandon = true;
+    MultiTask* one = rig.start({"ar", "axr1"});
+    rig.first.refuse_all({{"ar", kSecond}});
+    MultiTask* two = rig.start({"ar", "axr2"});
+    rig.first.refuse_all({{"ar", kSecond}});
+    if (way == 3) one->cancel();
+    rig.run(kSecond);
+    if (way == 0) rig.first.refuse_all({{"axr1", 100 * kSecond}});
+    if (way == 1) rig.first.fail_all(Code::protocol);
+    if (way == 2) one->cancel();
+    rig.pass(20 * kMilli);
+    ASSERT_EQ(rig.first.asked_all.size(), 1U) << way;
+    rig.first.grant_all();
+    EXPECT_TRUE(rig.done(two));
+  }
+}
+
+TEST(Time, OneWithALaterTimeThatLeavesDoesNotKeepTheOthersAsleep) {
+  Multi rig;
+  MultiTask* big = rig.start({"ar", "ax1"}, kForever, 100);
+  rig.first.refuse_all({{"ar", 1000 * kSecond}});
+  MultiTask* small = rig.start({"ar", "ax2"});
+  rig.first.refuse_all({{"ar", kSecond}});
+  big->cancel();
+  rig.pass(kSecond + 20 * kMilli);
+  ASSERT_EQ(rig.first.asked_all.size(), 1U);
+  rig.first.grant_all();
+  EXPECT_TRUE(rig.done(small));
+}
+
 // --- waiting for slots --------------------------------------------------------------------------------
 
 TEST(Slots, AReleaseHereIsOfferedInOrderOfArrivalOverBothKinds) {

@@ -13,18 +13,8 @@ namespace {
 
 // After a question was taken back: for the store's sake, should thousands be cancelled one by one.
 constexpr Nanos kQuiet = 10 * kMilli;
-
-std::string key_of(const MultiTask& task) {
-  std::vector<std::string> names;
-  names.reserve(task.limits.size());
-  for (const MultiPart& part : task.limits)
-    names.push_back(std::to_string(reinterpret_cast<std::uintptr_t>(part.limiter->service)) + '/' +
-                    part.group->id);
-  std::sort(names.begin(), names.end());
-  std::string key;
-  for (const std::string& name : names) key.append(name).push_back('\0');
-  return key;
-}
+// Whoever has the turn passes it on with its answer, which has a budget.
+constexpr Nanos kLostTurn = 5 * kSecond;
 
 const MultiPart* find(const MultiTask& task, const LimitService* service, const std::string& group) {
   for (const MultiPart& part : task.limits)
@@ -33,6 +23,20 @@ const MultiPart* find(const MultiTask& task, const LimitService* service, const 
 }
 
 }  // namespace
+
+std::string MultiService::name_of(const MultiPart& part) {
+  return std::to_string(reinterpret_cast<std::uintptr_t>(part.limiter->service)) + '/' + part.group->id;
+}
+
+std::string MultiService::key_of(const MultiTask& task) {
+  std::vector<std::string> names;
+  names.reserve(task.limits.size());
+  for (const MultiPart& part : task.limits) names.push_back(name_of(part));
+  std::sort(names.begin(), names.end());
+  std::string key;
+  for (const std::string& name : names) key.append(name).push_back('\0');
+  return key;
+}
 
 // Of two in one line.
 bool MultiService::same_costs(const MultiTask& a, const MultiTask& b) {
@@ -88,6 +92,7 @@ void MultiService::drop_if_empty(const Line& line, bool offer) {
   if (line->gone || !line->asking.empty() || !line->waiting.empty()) return;
   line->gone = true;
   timers_.cancel(*line);
+  leave_queue(*line);
   leave_stands(*line, offer);
   lines_.erase(std::string(line->key));
   offer_left();
@@ -112,14 +117,9 @@ void MultiService::note(MultiLine& line, const MultiTask* first, const Refusal& 
   line.why = refusal.why;
   line.blocking_service = first->limits[refusal.blocking].limiter->service;
   line.blocking_group = first->limits[refusal.blocking].group->id;
+  leave_queue(line);
   line.not_before = refusal.retry_after > 0 ? saturating_add(timers_.now(), refusal.retry_after) : 0;
-  set_alarm(line);
-}
-
-void MultiService::set_alarm(MultiLine& line) {
-  const Nanos at = std::max(line.not_before, line.quiet_until);
-  if (line.gone || at <= timers_.now()) return timers_.cancel(line);
-  timers_.arm(line, at);
+  if (line.not_before != 0) join_queue(line, name_of(first->limits[refusal.blocking]));
 }
 
 // The first in line was refused the same.
@@ -181,6 +181,11 @@ bool MultiService::stand_where_full(MultiLine& line, MultiTask* first, const std
 // The line stands where its first would.
 void MultiService::keep_order(MultiLine& line) {
   if (line.waiting.empty()) return;
+  if (line.queue && line.queued_as != line.waiting.front()->order_) {
+    line.queue->lines.erase(line.queued_as);
+    line.queued_as = line.waiting.front()->order_;
+    line.queue->lines[line.queued_as] = &line;
+  }
   for (const auto& stand : line.stands)
     for (const auto& stage : line.waiting.front()->stages_)
       if (stage->service == stand->service) stand->service->move(*stand, stage->order);
@@ -188,6 +193,7 @@ void MultiService::keep_order(MultiLine& line) {
 
 // What the last one was told does not hold for the next.
 void MultiService::ask_anew(MultiLine& line) {
+  leave_queue(line);
   line.not_before = 0;
   for (const auto& stand : line.stands) stand->service->set_freed(*stand, true);
 }
@@ -218,12 +224,96 @@ void MultiService::pump(const Line& line) {
     } while (--left > 0 && !line->gone && !line->waiting.empty() && line->refusals == refusals);
   }
   line->pumping = false;
-  set_alarm(*line);
+  if (!line->gone && line->quiet_until > timers_.now()) timers_.arm(*line, line->quiet_until);
 }
 
 void MultiLine::fire() {
   const MultiService::Line self = owner->lines_.at(key);
   owner->pump(self);
+}
+
+// --- turns, when the time has come ----------------------------------------------------------------
+
+void MultiService::join_queue(MultiLine& line, const std::string& key) {
+  std::unique_ptr<TimeQueue>& queue = queues_[key];
+  if (!queue) {
+    queue = std::make_unique<TimeQueue>();
+    queue->owner = this;
+    queue->key = key;
+  }
+  line.queue = queue.get();
+  line.queued_as = line.waiting.front()->order_;
+  queue->lines[line.queued_as] = &line;
+  if (queue->lines.begin()->second != &line && queue->armed()) return;  // it goes with the first
+  queue->at = line.not_before;
+  timers_.arm(*queue, queue->at);
+}
+
+void MultiService::leave_queue(MultiLine& line) {
+  TimeQueue* queue = std::exchange(line.queue, nullptr);
+  if (!queue) return;
+  const bool first = queue->lines.begin()->second == &line;
+  queue->lines.erase(line.queued_as);
+  if (first && !queue->lines.empty() && queue->armed()) {
+    // The next one may have been told an earlier time.
+    const Nanos soon = std::max(queue->lines.begin()->second->not_before, timers_.now() + kQuiet);
+    queue->at = std::min(queue->at, soon);
+    timers_.arm(*queue, queue->at);
+  }
+  drop_if_idle(*queue);
+}
+
+void MultiService::drop_if_idle(TimeQueue& queue) {
+  if (queue.running || !queue.lines.empty()) return;
+  timers_.cancel(queue);
+  queues_.erase(std::string(queue.key));
+}
+
+void MultiService::let_sleep(const std::string& key, Nanos until) {
+  const auto it = queues_.find(key);
+  if (it == queues_.end() || it->second->lines.empty()) return;
+  it->second->turns = 0;
+  it->second->at = until;
+  timers_.arm(*it->second, until);
+}
+
+void TimeQueue::fire() {
+  turns = 1;
+  owner->take_turns(*this);
+}
+
+void MultiService::give_turns(const std::string& key, std::size_t turns) {
+  const auto it = queues_.find(key);
+  if (it == queues_.end()) return;
+  it->second->turns = std::min(it->second->turns + turns, kMaxWindow);
+  take_turns(*it->second);
+}
+
+void MultiService::take_turns(TimeQueue& queue) {
+  if (queue.running) return;  // answered inside the call: the loop below goes on
+  queue.running = true;
+  while (queue.turns > 0 && !queue.lines.empty()) {
+    MultiLine& line = *queue.lines.begin()->second;
+    queue.lines.erase(queue.lines.begin());
+    line.queue = nullptr;
+    line.not_before = 0;
+    if (!ready(line)) continue;  // it waits for a slot as well, or for its own sake
+    --queue.turns;
+    MultiTask* first = line.waiting.front();
+    const Line keep = first->line_;
+    first->more_ = true;
+    first->turn_ = queue.key;
+    ask(first);
+    keep_order(*keep);
+  }
+  queue.running = false;
+  queue.turns = 0;
+  // Somebody is asking now and leads the next round; should the turn get lost, this one does.
+  if (!queue.lines.empty() && !queue.armed()) {
+    queue.at = timers_.now() + kLostTurn;
+    timers_.arm(queue, queue.at);
+  }
+  drop_if_idle(queue);
 }
 
 bool MultiService::offered(Stand& stand, bool more) {
@@ -303,6 +393,7 @@ void MultiService::cancel(MultiTask* task, Outcome outcome) {
     stage.service->unwatch(stage);
     take_back(stage);
   }
+  const std::string turn = std::exchange(task->turn_, {});
   leave(task);
   if (was_asking) {
     return_grants(task);
@@ -318,6 +409,7 @@ void MultiService::cancel(MultiTask* task, Outcome outcome) {
   keep_order(*line);
   pump(line);
   drop_if_empty(line, was_asking);
+  if (!turn.empty()) let_sleep(turn, saturating_add(timers_.now(), kQuiet));
 }
 
 void MultiService::return_grants(MultiTask* task) {
@@ -350,6 +442,7 @@ void MultiService::closing(LimitService& service) {
   for (const Line& line : lines) {
     line->gone = true;
     timers_.cancel(*line);
+    leave_queue(*line);
     leave_stands(*line, false);
     lines_.erase(std::string(line->key));
   }

@@ -107,6 +107,7 @@ void MultiService::start(MultiTask* task) {
 void MultiService::ask(MultiTask* task) {
   const Line line = task->line_;
   leave(task);
+  leave_queue(*line);
   task->state_ = MultiTask::State::asking;
   task->line_ = line;
   task->place_ = line->asking.insert(line->asking.end(), task);
@@ -228,6 +229,7 @@ void MultiService::answered_too_late(Stage& stage) {
 void MultiService::granted(MultiTask* task) {
   const Line line = task->line_;
   bool more = task->more_;
+  std::string turn = std::exchange(task->turn_, {});
   leave(task);
   if (MultiTask* first = overtaken(task)) {
     // It was under way when the other was refused: the grant goes to whoever came first.
@@ -256,14 +258,21 @@ void MultiService::granted(MultiTask* task) {
   keep_order(*line);
   if (out) {
     ask_anew(*line);
+  } else if (!turn.empty() && queues_.contains(turn)) {
+    // Others wait for the same limit: this line goes on with them, in order of arrival.
+    if (!line->waiting.empty() && !line->queue) {
+      line->not_before = 0;
+      join_queue(*line, turn);
+    }
   } else if (more) {
     std::vector<std::pair<LimitService*, std::string>> groups;
     for (const auto& stand : line->stands) groups.emplace_back(stand->service, stand->group->id);
     for (const auto& [service, id] : groups)
       if (!service->granted_one(id)) service->slot_freed(id, true);
   }
-  pump(line);
+  if (!line->queue) pump(line);
   drop_if_empty(line, more);
+  if (!turn.empty()) give_turns(turn, left > 1 ? 2 : 1);
 }
 
 void MultiService::refused(MultiTask* task, const Refusal& refusal) {
@@ -271,6 +280,8 @@ void MultiService::refused(MultiTask* task, const Refusal& refusal) {
   const Line line = task->line_;
   line->window = 1;
   ++line->refusals;
+  const std::string turn = std::exchange(task->turn_, {});
+  const bool same_limit = !turn.empty() && turn == name_of(task->limits[refusal.blocking]);
   const Nanos now = timers_.now();
   const Nanos at = saturating_add(now, refusal.retry_after);
   leave(task);
@@ -299,6 +310,11 @@ void MultiService::refused(MultiTask* task, const Refusal& refusal) {
   pump(line);
   drop_if_empty(line, true);
   offer_left();
+  if (same_limit && refusal.retry_after > 0) {
+    let_sleep(turn, at);
+  } else if (!turn.empty()) {
+    give_turns(turn, 1);
+  }
 }
 
 void MultiService::failed(MultiTask* task, Status status) {
@@ -314,6 +330,7 @@ void MultiService::failed(MultiTask* task, Status status) {
   }
   const Line line = task->line_;
   // If the store is dead, those in line will not have to find out one by one.
+  const bool outage = task->outage;
   if (task->outage) line->window = std::min(2 * line->window, kMaxWindow);
   if (!closed) {
     stage.passed_open = true;
@@ -322,12 +339,14 @@ void MultiService::failed(MultiTask* task, Status status) {
     return ask_next_store(task);
   }
   return_grants(task);
+  const std::string turn = std::exchange(task->turn_, {});
   leave(task);
   finish(task, Outcome::failed);
   ask_anew(*line);
   pump(line);
   drop_if_empty(line, true);
   offer_left();
+  if (!turn.empty()) give_turns(turn, outage ? 2 : 1);
 }
 
 void MultiService::overdue(Stage& stage, Nanos elapsed) {

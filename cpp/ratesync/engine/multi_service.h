@@ -13,7 +13,8 @@
 //
 // Calls for the same limits stand in one line, first come first served, and only the first of it asks.
 // After a full success the number that asks at once doubles; a refusal sends everybody back to sleep. In
-// a group that was full the line has one place among those who wait for its slots (Stand).
+// a group that was full the line has one place among those who wait for its slots (Stand); lines that wait
+// for the time of the same limit, ("global", "tenant:1"), ("global", "tenant:2") ..., take turns (TimeQueue).
 // All methods run on the I/O thread unless said otherwise.
 #pragma once
 
@@ -45,6 +46,7 @@ struct MultiPart {
 };
 
 struct MultiLine;
+struct TimeQueue;
 
 class MultiTask final : public Acquisition, public TimerNode {
  public:
@@ -93,6 +95,7 @@ class MultiTask final : public Acquisition, public TimerNode {
   std::size_t stage_ = 0;
   State state_ = State::created;
   bool more_ = false;  // asked because perhaps several slots are free
+  std::string turn_;   // key of the time queue whose turn it took
   std::uint64_t order_ = 0;
   std::shared_ptr<MultiLine> line_;
   std::list<MultiTask*>::iterator place_;                   // in line_'s `asking` or `waiting`
@@ -108,8 +111,21 @@ struct Stand {
   bool freed = false;       // a slot may be free since the last question
 };
 
+// Lines that wait for the time of one limit, in order of arrival. When it has come the first one asks;
+// a grant lets two more ask, and a refusal lets all sleep until the time that it named.
+struct TimeQueue final : TimerNode {
+  void fire() override;
+
+  MultiService* owner = nullptr;
+  std::string key;
+  std::map<std::uint64_t, MultiLine*> lines;
+  Nanos at = 0;
+  std::size_t turns = 0;  // how many may ask now
+  bool running = false;
+};
+
 struct MultiLine final : TimerNode {
-  void fire() override;  // the time has come that the stores named
+  void fire() override;  // quiet_until
 
   MultiService* owner = nullptr;
   std::string key;
@@ -119,8 +135,10 @@ struct MultiLine final : TimerNode {
   std::vector<std::unique_ptr<Stand>> stands;
   std::size_t window = 1;  // how many may ask at once
   std::uint64_t refusals = 0;
-  Nanos not_before = 0;   // the first in line need not ask earlier
-  Nanos quiet_until = 0;  // nor anybody, so that thousands who are cancelled do not all ask first
+  Nanos not_before = 0;         // the first in line need not ask earlier
+  TimeQueue* queue = nullptr;   // while it waits for that
+  std::uint64_t queued_as = 0;  // arrival of the first in line, in `queue`
+  Nanos quiet_until = 0;        // nor anybody, so that thousands who are cancelled do not all ask first
   // Why the first in line was refused the last time.
   store::Verdict why = store::Verdict::granted;
   const LimitService* blocking_service = nullptr;
@@ -148,6 +166,7 @@ class MultiService {
  private:
   friend class MultiTask;
   friend struct MultiLine;
+  friend struct TimeQueue;
   using Line = std::shared_ptr<MultiLine>;
   struct Refusal {
     store::Verdict why = store::Verdict::granted;
@@ -177,8 +196,15 @@ class MultiService {
 
   void enter(MultiTask* task);
   void leave(MultiTask* task);
+  static std::string name_of(const MultiPart& part);
+  static std::string key_of(const MultiTask& task);
   static bool same_costs(const MultiTask& a, const MultiTask& b);
-  void set_alarm(MultiLine& line);
+  void join_queue(MultiLine& line, const std::string& key);
+  void leave_queue(MultiLine& line);
+  void let_sleep(const std::string& key, Nanos until);
+  void give_turns(const std::string& key, std::size_t turns);
+  void take_turns(TimeQueue& queue);
+  void drop_if_idle(TimeQueue& queue);
   bool ready(const MultiLine& line, const Stand* but = nullptr) const;
   void note(MultiLine& line, const MultiTask* first, const Refusal& refusal);
   void blame(MultiTask* task, const MultiLine& line);
@@ -194,6 +220,7 @@ class MultiService {
 
   Timers& timers_;
   std::unordered_map<std::string, Line> lines_;
+  std::unordered_map<std::string, std::unique_ptr<TimeQueue>> queues_;
   // Questions that a store still has and nobody waits for.
   std::unordered_map<Stage*, std::unique_ptr<Stage>> unwanted_;
   std::vector<std::pair<LimitService*, std::string>> left_;  // stands given up, to be offered to others
