@@ -23,7 +23,10 @@ constexpr int kMaxRedirects = 64;
 constexpr int kQuickRedirects = 4;        // further ones pause first: two nodes may disagree for a while
 constexpr Nanos kMinPause = 4 * kMilli;   // before a command is sent again; doubles ...
 constexpr Nanos kMaxPause = 64 * kMilli;  // ... up to here
-constexpr Nanos kCloseGrace = kSecond;    // for commands under way: releases of slots, mostly
+// How long a command waits for a successor of a node that cannot be reached. A failover takes longer than
+// anybody's time budget, and the nodes that still answer would make that budget a generous one.
+constexpr Nanos kUnreachable = 150 * kMilli;
+constexpr Nanos kCloseGrace = kSecond;  // for commands under way: releases of slots, mostly
 constexpr std::size_t kMaxParked = 200'000;
 
 // One command on its way, from call() or eval() to its answer.
@@ -36,6 +39,7 @@ struct Call {
   ReplyCallback done;
   int redirects = 0;
   int pauses = 0;
+  Nanos unreachable_since = kForever;
 
   [[nodiscard]] std::string name() const { return script ? script->name : std::string(command[0]); }
 };
@@ -150,7 +154,9 @@ void Core::answered(const MemberRef& member, const CallRef& call, Result<Reply> 
   Status status = result.status();
   if (status.code == Code::unavailable) {
     nodes_->refresh();
-    return park(call, std::move(status));
+    const Nanos now = clock_.now();
+    call->unreachable_since = std::min(call->unreachable_since, now);
+    if (now - call->unreachable_since < kUnreachable) return park(call, std::move(status));
   }
   // Sent and lost, or late: the node may be gone.
   if (status.code == Code::in_doubt || status.code == Code::timeout) nodes_->refresh();
@@ -158,6 +164,7 @@ void Core::answered(const MemberRef& member, const CallRef& call, Result<Reply> 
 }
 
 void Core::refused(const MemberRef& member, const CallRef& call, const Reply& error) {
+  call->unreachable_since = kForever;
   const auto redirect = parse_redirect(error.text, member->at.host);
   if (redirect && !closed_) {
     if (!redirect->ask) nodes_->moved(redirect->slot, redirect->node);

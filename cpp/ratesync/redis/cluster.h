@@ -2,8 +2,9 @@
 //
 // Each command goes to the primary that owns the slot of its key, on one multiplexed connection per node.
 // What a node says it has not executed is sent again until the deadline: MOVED and ASK at once (with a
-// bound), TRYAGAIN, CLUSTERDOWN, LOADING and a node that cannot be reached after a short, jittered pause,
-// or as soon as a new map is known. A command that was sent and lost is in doubt and never sent again.
+// bound), TRYAGAIN, CLUSTERDOWN and LOADING after a short, jittered pause, or as soon as a new map is known.
+// The same for a node that cannot be reached, but not for long. A command that was sent and lost is in
+// doubt and never sent again.
 #pragma once
 
 #include <asio/io_context.hpp>
