@@ -161,6 +161,7 @@ class RedisEngineConfig(_Checked):
     pool_min_size: int = 2
     pool_max_size: int = 10
     key_prefix: str = "rate_limit"
+    hash_tag: str | None = None
     timing_margin_ms: float = 10.0
     socket_timeout: float = 5.0
     socket_connect_timeout: float = 5.0

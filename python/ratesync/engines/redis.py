@@ -13,6 +13,7 @@ class RedisExtras(LimiterExtras, total=False):
     """Further options of the store and of the limiter."""
 
     connection_url: str
+    hash_tag: str | None
 
 
 class RedisRateLimiter(EngineLimiter):
@@ -31,7 +32,7 @@ class RedisRateLimiter(EngineLimiter):
         max_concurrent: slots held at the same time over all processes.
         db: number of the database, where the url names none.
         password: where the url has none.
-        pool_min_size: connections kept open while idle.
+        pool_min_size: without effect; taken from existing code.
         pool_max_size: upper bound of the connections of this process.
         key_prefix: what the keys start with.
         timing_margin_ms: milliseconds by which an early arrival is forgiven.
@@ -39,8 +40,8 @@ class RedisRateLimiter(EngineLimiter):
         socket_connect_timeout: seconds for one attempt to connect.
         default_timeout: seconds that `acquire` waits at most; None: as long as it takes.
         fail_closed: an outage refuses calls (True) or lets them pass (False).
-        **options: further options of the store, as in `configure_store`; `algorithm`, `burst`,
-            `lease_seconds`, `max_hold_seconds`, `outage_budget` of the limiter, as in `configure_limiter`.
+        **options: `hash_tag` of the store, as in `configure_store`; `algorithm`, `burst`, `lease_seconds`,
+            `max_hold_seconds`, `outage_budget` of the limiter, as in `configure_limiter`.
 
     Raises:
         ConfigValidationError: names the field and what was expected (also a ValueError).
