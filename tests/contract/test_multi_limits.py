@@ -13,3 +13,9 @@ class TestMemory(MultiLimitContract):
     @pytest.fixture
     def store_options(self) -> dict[str, Any]:
         return {"engine": "memory"}
+
+
+class TestPostgres(MultiLimitContract):
+    @pytest.fixture
+    def store_options(self, ratesync_postgres_url: str) -> dict[str, Any]:
+        return {"engine": "postgres", "url": ratesync_postgres_url, "auto_create": True}
