@@ -6,6 +6,7 @@ from typing import Any, Generic, TypeVar, final, overload
 T = TypeVar("T")
 
 HAS_POSTGRES: bool
+HAS_REDIS: bool
 
 class Pending(Generic[T]):
     """One call: `await` it in asyncio, or `wait()` in a plain thread; either starts it."""

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from ratesync import _core, errors
 from ratesync._core import (
     HAS_POSTGRES,
+    HAS_REDIS,
     Engine,
     Limiter,
     Permit,
@@ -29,6 +30,7 @@ from ratesync._core import Store as CoreStore
 
 __all__ = [
     "HAS_POSTGRES",
+    "HAS_REDIS",
     "CoreStore",
     "Engine",
     "Limiter",

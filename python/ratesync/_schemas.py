@@ -43,6 +43,10 @@ TimeoutSeconds = Annotated[float, _meta("seconds, 0 < value <= 86400", gt=0, le=
 Milliseconds = Annotated[float, _meta("milliseconds from 0 to 60000", ge=0, le=60000)]
 PoolMin = Annotated[int, _meta("an integer from 0 to 1000", ge=0, le=1000)]
 PoolMax = Annotated[int, _meta("an integer from 1 to 1000", ge=1, le=1000)]
+DbNumber = Annotated[int, _meta("an integer from 0 to 1000000", ge=0, le=1_000_000)]
+KeyPart = Annotated[
+    str, _meta("1 to 255 characters without { and }", pattern=r"\A[^{}]+\Z", min_length=1, max_length=255)
+]
 SqlName = Annotated[str, _meta("a name of 1 to 63 bytes without NUL", min_length=1)]
 Switch = Literal["auto", "on", "off"]
 
@@ -92,6 +96,35 @@ class PostgresOptions(StoreOptions, frozen=True, kw_only=True, forbid_unknown_fi
         return self.timing_margin_ms
 
 
+class RedisOptions(StoreOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Options of `engine = "redis"`."""
+
+    #: redis://, rediss:// (TLS), unix://, redis+sentinel:// or redis+cluster:// address. Required.
+    url: str
+    #: Number of the database, where the url names none.
+    db: DbNumber = 0
+    #: Password, where the url has none.
+    password: str | None = None
+    #: What all keys start with; stores with the same server and prefix share their limits.
+    key_prefix: KeyPart = "rate_limit"
+    #: Keeps all limits of the store in one hash slot of a Cluster, so that several can be acquired at once.
+    hash_tag: KeyPart | None = None
+    #: Without effect: one connection carries all commands. Taken for configurations of rate-sync.
+    pool_min_size: PoolMin = 2
+    #: Upper bound of connections of this process to a server; two are used at most, 1 polls for slots.
+    pool_max_size: PoolMax = 10
+    #: An arrival this early (ms, at most one interval) is forgiven; never raises the long-run rate.
+    timing_margin_ms: Milliseconds = 10.0
+    #: Seconds until a command without answer counts as lost and its connection is dropped.
+    socket_timeout: TimeoutSeconds = 5.0
+    #: Seconds for one attempt to connect, name resolution and TLS included.
+    socket_connect_timeout: TimeoutSeconds = 5.0
+
+    @property
+    def timing_margin(self) -> float:
+        return self.timing_margin_ms
+
+
 class LimiterOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Fields of `[limiters.<id>]` and of `configure_limiter`."""
 
@@ -121,7 +154,11 @@ class LimiterOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_hold_seconds: TimeoutSeconds | None = None
 
 
-ENGINES: dict[str, type[StoreOptions]] = {"memory": MemoryOptions, "postgres": PostgresOptions}
+ENGINES: dict[str, type[StoreOptions]] = {
+    "memory": MemoryOptions,
+    "postgres": PostgresOptions,
+    "redis": RedisOptions,
+}
 ALGORITHMS = ("token_bucket",)
 SECRETS = frozenset({"url", "password", "listen_url"})
 

@@ -47,12 +47,14 @@ def configure_store(
     Args:
         store_id: name of the store, 1 to 255 characters. An existing one is replaced; limiters move to the
             new one at their next use.
-        strategy: the engine, `memory` or `postgres`.
+        strategy: the engine: `memory`, `postgres` or `redis`.
         engine: the same under the name that TOML uses; give one of the two.
         **options: of the engine. memory: none. postgres: `url` (required), `table_name`, `schema_name`,
             `auto_create`, `pool_min_size`, `pool_max_size`, `timing_margin_ms` (milliseconds),
             `command_timeout`, `connect_timeout` (seconds), `synchronous_commit`, `unlogged`,
-            `statement_cache`.
+            `statement_cache`. redis: `url` (required), `db`, `password`, `key_prefix`, `hash_tag` (one hash
+            slot of a Cluster for all limits), `pool_max_size`, `timing_margin_ms`, `socket_timeout`,
+            `socket_connect_timeout` (seconds).
 
     Raises:
         ConfigValidationError: names the option, what was expected, and the nearest valid name.

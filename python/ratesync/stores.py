@@ -101,7 +101,7 @@ class Store:
 
     @property
     def engine(self) -> str:
-        """`memory` or `postgres`."""
+        """`memory`, `postgres` or `redis`."""
         return self._core.engine
 
     @property

@@ -24,6 +24,12 @@ class TestPostgres(LimitContract):
         return {"engine": "postgres", "url": ratesync_postgres_url, "auto_create": True}
 
 
+class TestRedis(LimitContract):
+    @pytest.fixture
+    def store_options(self, ratesync_redis_url: str) -> dict[str, Any]:
+        return {"engine": "redis", "url": ratesync_redis_url}
+
+
 class TestMemoryAsTimePasses:
     """On the manual clock, so exactly."""
 

@@ -111,7 +111,8 @@ def test_every_option_of_the_template_is_one_that_exists() -> None:
     run("init")
     lines = Path("rate-sync.toml").read_text().splitlines()
     code = [line.removeprefix("# ") for line in lines if " = " in line or line.startswith(("[", "# ["))]
-    Path("all.toml").write_text("\n".join(code).replace("${DATABASE_URL}", "postgresql://h/d"))
+    text = "\n".join(code).replace("${DATABASE_URL}", "postgresql://h/d").replace("${REDIS_URL}", "redis://h")
+    Path("all.toml").write_text(text)
     config = read_config("all.toml")
     assert config.limiters["api"].store == "db"
     assert config.limiters["api"].max_hold_seconds == 600

@@ -83,7 +83,7 @@ def test_a_path_may_be_text_or_a_path(path_type: type[str] | type[Path]) -> None
         ("[stores.m]", ["[stores.m]", "engine is required"]),
         ("[stores.m]\nengine = 'memry'", ["'memry'", "did you mean 'memory'?", "'postgres'"]),
         ("[stores.m]\nengine = 5", ["engine", "5"]),
-        ("[stores.r]\nengine = 'redis'\nurl = 'redis://h'", ["'redis'", "'memory', 'postgres'"]),
+        ("[stores.r]\nengine = 'mysql'\nurl = 'mysql://h'", ["'mysql'", "'memory', 'postgres', 'redis'"]),
         ("[stores.p]\nengine = 'postgres'", ["[stores.p]", "url is required"]),
         ("[stores.p]\nengine = 'postgres'\nurl = 5", ["url", "a string", "int"]),
         ("[stores.p]\nengine = 'postgres'\nurl = ''", ["url is empty"]),

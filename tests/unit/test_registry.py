@@ -150,7 +150,7 @@ def test_an_unknown_store_is_named_with_its_nearest() -> None:
     ("arguments", "options", "part"),
     [
         ((), {}, "one of 'memory', 'postgres'"),
-        (("redis",), {"url": "redis://h"}, "one of 'memory', 'postgres'"),
+        (("mysql",), {"url": "mysql://h"}, "one of 'memory', 'postgres', 'redis'"),
         (("postgress",), {"url": URL}, "did you mean 'postgres'?"),
         (("memory",), {"engine": "postgres"}, "give one of them"),
         (("memory",), {"size": 5}, "unknown key 'size'"),

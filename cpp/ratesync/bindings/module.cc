@@ -315,6 +315,11 @@ PYBIND11_MODULE(_core, module) {
 #else
   module.attr("HAS_POSTGRES") = false;
 #endif
+#ifdef RATESYNC_HAS_REDIS
+  module.attr("HAS_REDIS") = true;
+#else
+  module.attr("HAS_REDIS") = false;
+#endif
   ModuleState& s = state();
   if (!init_waiter_type(module.ptr()) || !init_permit_type(module.ptr()) || !init_limiter_type(module.ptr()))
     throw py::error_already_set();

@@ -28,7 +28,8 @@ bool LimitService::is_outage(const Status& status) {
       // 57014, and 55P03 after all attempts: a timeout of the role or the server struck, as it does when
       // somebody holds a lock. The server did not decide in time, which is what a budget is for.
       return state.starts_with("28") || state.starts_with("57") || state.starts_with("53") ||
-             state.starts_with("58") || state.starts_with("08") || state == "25006" || state == "55P03";
+             state.starts_with("58") || state.starts_with("08") || state == "25006" || state == "55P03" ||
+             state == "OOM" || state == "NOAUTH" || state == "WRONGPASS";  // the last three: Redis
     }
     case Code::ok:
     case Code::invalid:

@@ -6,17 +6,20 @@
 #ifdef RATESYNC_HAS_POSTGRES
 #include "ratesync/postgres/postgres_store.h"
 #endif
+#ifdef RATESYNC_HAS_REDIS
+#include "ratesync/redis/redis_store.h"
+#endif
 
 namespace ratesync::engine {
 
-#ifdef RATESYNC_HAS_POSTGRES
+#if defined(RATESYNC_HAS_POSTGRES) || defined(RATESYNC_HAS_REDIS)
 namespace {
 
 // Reads options by name and remembers the first that does not fit. The Python layer has checked
 // them already, with better words; this is what keeps the core safe from any other caller.
 class Reader {
  public:
-  explicit Reader(const StoreOptions& options) : left_(options) {}
+  Reader(const char* kind, const StoreOptions& options) : kind_(kind), left_(options) {}
 
   void text(const char* name, std::string& into) {
     read(name, "a string", [&](const Option& o) { return take(o, into); });
@@ -49,7 +52,7 @@ class Reader {
   Status finish() {
     if (status_.ok() && !left_.empty())
       status_ = Status::make(Code::invalid,
-                             fmt::format("the postgres store has no option '{}'", left_.begin()->first));
+                             fmt::format("the {} store has no option '{}'", kind_, left_.begin()->first));
     return status_;
   }
 
@@ -69,13 +72,15 @@ class Reader {
     left_.erase(found);
   }
 
+  const char* const kind_;
   StoreOptions left_;
   Status status_;
 };
 
+#ifdef RATESYNC_HAS_POSTGRES
 Result<postgres::PostgresOptions> postgres_options(const StoreOptions& options) {
   postgres::PostgresOptions out;
-  Reader reader(options);
+  Reader reader("postgres", options);
   reader.text("url", out.url);
   reader.text("schema_name", out.schema_name);
   reader.text("table_name", out.table_name);
@@ -93,6 +98,30 @@ Result<postgres::PostgresOptions> postgres_options(const StoreOptions& options) 
   if (!status.ok()) return status;
   return out;
 }
+#endif
+
+#ifdef RATESYNC_HAS_REDIS
+Result<redis::RedisOptions> redis_options(const StoreOptions& options) {
+  redis::RedisOptions out;
+  std::size_t db = 0;
+  Reader reader("redis", options);
+  reader.text("url", out.url);
+  reader.count("db", db);
+  reader.text("password", out.password);
+  reader.text("key_prefix", out.key_prefix);
+  reader.text("hash_tag", out.hash_tag);
+  reader.ignore("pool_min_size");  // one connection carries all
+  reader.count("pool_max_size", out.pool_max_size);
+  reader.seconds("socket_timeout", out.socket_timeout);
+  reader.seconds("socket_connect_timeout", out.socket_connect_timeout);
+  reader.ignore("timing_margin_ms");  // of the limiters on the store
+  Status status = reader.finish();
+  if (!status.ok()) return status;
+  if (db > 1'000'000) return Status::make(Code::invalid, "option db: expected a number from 0 to 1000000");
+  out.db = static_cast<int>(db);
+  return out;
+}
+#endif
 
 }  // namespace
 #endif
@@ -118,7 +147,19 @@ Result<std::unique_ptr<store::Store>> make_store(const std::string& kind, const 
         "build ratesync again from its source");
 #endif
   }
-  return Status::make(Code::invalid, fmt::format("unknown engine '{}': expected memory or postgres", kind));
+  if (kind == "redis") {
+#ifdef RATESYNC_HAS_REDIS
+    Result<redis::RedisOptions> parsed = redis_options(options);
+    if (!parsed.ok()) return parsed.status();
+    return redis::RedisStore::create(io, clock, std::move(parsed.value()));
+#else
+    return Status::make(Code::invalid,
+                        "this build of ratesync has no Redis store: install hiredis and OpenSSL (Debian: "
+                        "libhiredis-dev, libssl-dev) and build ratesync again from its source");
+#endif
+  }
+  return Status::make(Code::invalid,
+                      fmt::format("unknown engine '{}': expected memory, postgres or redis", kind));
 }
 
 }  // namespace ratesync::engine

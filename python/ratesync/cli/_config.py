@@ -105,6 +105,16 @@ _TEMPLATE = """\
 # timing_margin_ms = 10.0       # forgiven earliness of an arrival; never raises the long-run rate
 # command_timeout = 5.0         # seconds
 # connect_timeout = 5.0         # seconds
+#
+# [stores.cache]
+# engine = "redis"              # Redis 6.2 or later, Valkey; Sentinel: redis+sentinel://, Cluster: redis+cluster://
+# url = "${REDIS_URL}"
+# password = "${REDIS_PASSWORD:-}"
+# key_prefix = "rate_limit"
+# hash_tag = "limits"           # Cluster: all limits in one slot, so that several can be acquired at once
+# timing_margin_ms = 10.0
+# socket_timeout = 5.0          # seconds
+# socket_connect_timeout = 5.0  # seconds
 
 [limiters.api]
 # store = "db"                  # left out: memory
