@@ -535,7 +535,7 @@ PyMethodDef kMethods[] = {
      "Example:\n    permit = await acquire(\"api\")\n    permit.release()"},
     {"settle", settle_method, METH_O,
      "settle(actual_cost)\n--\n\nCorrect the charge to what it really cost: gives the difference back, or "
-     "charges more.\n\n"
+     "charges more; at every limit of the permit.\n\n"
      "Args:\n    actual_cost: units, 0 or more.\n\nReturns:\n    A `Pending`: await it, or `.wait()` in a "
      "thread.\n\n"
      "Raises:\n    ConfigValidationError: not a whole number of 0 or more.\n    RuntimeError: before the "
@@ -547,18 +547,23 @@ PyMethodDef kMethods[] = {
 
 PyGetSetDef kGetSet[] = {
     {"waited", get_waited, nullptr, "Seconds between the call and the grant.", nullptr},
-    {"remaining", get_remaining, nullptr, "Units (or slots) that were left right after the grant.", nullptr},
+    {"remaining", get_remaining, nullptr,
+     "Units (or slots) that were left right after the grant; of several limits, the least.", nullptr},
     {"reset_after", get_reset_after, nullptr,
-     "Seconds, counted from the grant, until every unit is available again if nobody asks; None for a limit "
-     "without a rate, and where the store did not say.",
+     "Seconds, counted from the grant, until every unit is available again if nobody asks (of several "
+     "limits, "
+     "the longest); None for a limit without a rate, and where the store did not say.",
      nullptr},
     {"passed_open", get_passed_open, nullptr,
-     "True when the store was out and the call was let pass without a decision (`fail_closed` off).",
+     "True when a store was out and the call was let pass without its decision (`fail_closed` off).",
      nullptr},
-    {"lost", get_lost, nullptr, "True once the store has given this slot to somebody else (lease lost).",
-     nullptr},
+    {"lost", get_lost, nullptr,
+     "True once the store has given this slot, or one of them, to somebody else (lease lost).", nullptr},
     {"limiter_id", get_limiter_id, nullptr,
-     "The group that was charged: the limiter's id, with `:key` for a keyed one.", nullptr},
+     "The group that was charged: the limiter's id, with `:key` for a keyed one; of several limits, all of "
+     "them, "
+     "joined by a comma and a blank.",
+     nullptr},
     {nullptr, nullptr, nullptr, nullptr, nullptr},
 };
 
