@@ -150,9 +150,8 @@ class RedisCluster(_Group):
     def url(self) -> str:
         """`redis+cluster://` with all nodes as seeds."""
         login = f":{quote(self._password, safe='')}@" if self._password is not None else ""
-        return f"redis+cluster://{login}" + ",".join(
-            f"{server.host}:{server.port}" for server in self.servers
-        )
+        hosts = ",".join(f"{server.host}:{server.port}" for server in self.servers)
+        return f"{self._scheme('cluster')}://{login}{hosts}{self._query({})}"
 
     @property
     def primaries(self) -> list[RedisServer]:
