@@ -48,6 +48,27 @@ TEST(PostgresSlots, RateAndSlotsAreDecidedTogetherAndAFullLimiterChargesNoRate) 
   EXPECT_EQ(p.acquire(group, 0).verdict, Verdict::rate_limited);
 }
 
+// Closed at every step of the first release's way to the server and back.
+TEST(PostgresSlots, ClosingGivesBackWhatWasReleasedWhileAStatementTravelled) {
+  Schema schema;
+  const auto group = make_group("jobs", 0, 1, 4);
+  for (int steps = 0; steps < 12; ++steps) {
+    Process p(schema);
+    const std::vector<Request> held = p.acquire_many(group, 3);
+    store::LimitStore& limits = *p.store->limits();
+    limits.release(group, held[0].reply.holder);
+    for (int i = 0; i < steps; ++i) p.io.poll_one();
+    limits.release(group, held[1].reply.holder);
+    limits.release(group, held[2].reply.holder);
+    bool closed = false;
+    p.store->close([&] { closed = true; });
+    ASSERT_TRUE(p.until([&] { return closed; }));
+    p.store = nullptr;
+    EXPECT_EQ(Witness().value("SELECT count(*) FROM " + leases(schema)), "0") << "after " << steps;
+    EXPECT_EQ(Witness().value("SELECT current_concurrent FROM " + schema.table()), "0") << "after " << steps;
+  }
+}
+
 TEST(PostgresSlots, IdleGroupsLeaveNoLeaseRows) {
   Schema schema;
   Process p(schema);

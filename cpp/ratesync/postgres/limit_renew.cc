@@ -27,7 +27,8 @@ void PgLimitStore::in_step(Holding& holding) {
   if (holding.held > 0 && leases()) arm(holding.renewed + holding.group->params.lease / 3);
   if (holding.flying || holding.queued) return;
   Holders& holders = holders_of(holding);
-  if (holding.in_step() || closing_) return holders.tidy(holding);
+  if (holding.in_step()) return holders.tidy(holding);
+  if (closing_) return;  // flush_slots() tells the rest, once no trip is under way
   if (holding.unstated_since != kForever)
     return arm(clock_.now() + kRestatePause);  // the last attempt failed
   holding.queued = true;
