@@ -10,7 +10,7 @@ import pytest
 
 import ratesync
 from ratesync import PostgresRateLimiter, RateLimiter, RedisRateLimiter
-from ratesync._schemas import ENGINES
+from ratesync._schemas import ALGORITHMS, ENGINES
 from ratesync.engines import limiter_class
 from ratesync.engines.redis_sliding_window import RedisSlidingWindowRateLimiter
 from ratesync.schemas import PostgresEngineConfig
@@ -167,6 +167,7 @@ async def test_limits_of_several_stores_are_checked_all_or_nothing(ratesync_post
 
 
 @needs_redis
+@pytest.mark.skipif("sliding_window" not in ALGORITHMS, reason="this build has no windows")
 async def test_the_sliding_window_of_redis_has_its_own_class(ratesync_redis_url: str) -> None:
     limiter = RedisSlidingWindowRateLimiter(ratesync_redis_url, "login", limit=3, window_seconds=600)
     assert isinstance(limiter, RedisRateLimiter)
@@ -189,7 +190,9 @@ async def test_another_prefix_is_another_limit(ratesync_redis_url: str) -> None:
     assert [await limiter.try_acquire() for limiter in limiters] == [True, True]
 
 
-async def test_checks_cancelled_at_any_moment_leave_no_charge_behind(ratesync_postgres_url: str) -> None:
+async def test_checks_cancelled_at_any_moment_leave_no_slot_and_keep_the_count(
+    ratesync_postgres_url: str,
+) -> None:
     ratesync.configure_store("db", "postgres", url=ratesync_postgres_url, auto_create=True)
     ratesync.configure_limiter("a", "db", rate_per_second=0.001, burst=1000)
     ratesync.configure_limiter("b", "db", rate_per_second=0.001, burst=1000, max_concurrent=500)
@@ -209,7 +212,10 @@ async def test_checks_cancelled_at_any_moment_leave_no_charge_behind(ratesync_po
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-    # Who is cancelled after the grant, while asking for numbers, stays charged: nobody refused.
-    used = [(await ratesync.get_limiter(name).peek()).current_usage for name in ("a", "b", "local")]
-    assert used[0] == used[1] == used[2] >= granted > 0
-    assert (await ratesync.get_limiter("b").peek()).in_use == 0
+    # What was granted to those who left is given back behind their backs; a unit that was not the newest
+    # deal any more stays charged, and so does a check that was cancelled while it asked for numbers.
+    async with asyncio.timeout(10):
+        while (await ratesync.get_limiter("b").peek()).in_use:
+            await asyncio.sleep(0.01)
+    states = [await ratesync.get_limiter(name).peek() for name in ("a", "b", "local")]
+    assert all(150 >= 1000 - state.remaining >= granted > 0 for state in states)
