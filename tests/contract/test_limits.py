@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import ratesync
-from ratesync.testing import ManualClock
+from ratesync.testing import ManualClock, RedisCluster, RedisSentinel
 from ratesync.testing.limit_contract import SLOW, LimitContract, MakeLimiter
 
 
@@ -119,3 +119,15 @@ class TestMemoryAsTimePasses:
             assert not task.done()
             await ratesync_clock.run(0.2)
             assert await task is False
+
+
+class TestRedisCluster(LimitContract):
+    @pytest.fixture
+    def store_options(self, ratesync_redis_cluster: RedisCluster) -> dict[str, Any]:
+        return {"engine": "redis", "url": ratesync_redis_cluster.url}
+
+
+class TestRedisSentinel(LimitContract):
+    @pytest.fixture
+    def store_options(self, ratesync_redis_sentinel: RedisSentinel) -> dict[str, Any]:
+        return {"engine": "redis", "url": ratesync_redis_sentinel.url}
