@@ -7,11 +7,13 @@ import gc
 import threading
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
 import ratesync
 from ratesync import acquire
+from ratesync.testing.proxy import TcpProxy
 
 FILE = """
 [stores.db]
@@ -87,3 +89,31 @@ async def test_a_file_loaded_again_and_again_under_load_costs_no_call_and_no_slo
     gc.collect()
     await nobody_holds("remote")
     await nobody_holds("local")
+
+
+@pytest.mark.parametrize("engine", ["postgres", "redis"])
+async def test_a_store_that_is_closed_gives_back_what_was_released_while_it_spoke(
+    ratesync_registry: Path, request: pytest.FixtureRequest, engine: str
+) -> None:
+    url = request.getfixturevalue(f"ratesync_{engine}_url")
+    parts = urlsplit(url)
+    with TcpProxy(parts.hostname or "127.0.0.1", parts.port or 0) as proxy:
+        options = {"auto_create": True} if engine == "postgres" else {}
+        ratesync.configure_store("db", engine, url=proxy.through(url), **options)
+        ratesync.configure_limiter("slots", "db", max_concurrent=5, fail_closed=True, outage_budget=20)
+        store = ratesync.get_store("db")
+        permits = [acquire("slots") for _ in range(3)]
+        for permit in permits:
+            await permit.__aenter__()
+        proxy.stall("replies")
+        permits[0].release()
+        await store.stats()  # what was submitted before it is on its way now
+        for permit in permits[1:]:
+            permit.release()
+        await store.stats()
+        closing = asyncio.ensure_future(store.close())
+        await asyncio.sleep(0)
+        proxy.resume()
+        await closing
+        assert (await ratesync.get_limiter("slots").get_state()).in_use == 0
+        ratesync.shutdown()

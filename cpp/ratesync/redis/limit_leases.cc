@@ -37,7 +37,8 @@ void RedisLimitStore::state_slots(Flight& flight) {
 void RedisLimitStore::in_step(Holding& holding) {
   if (holding.held > 0) arm(holding.renewed + holding.group->params.lease / 3);
   if (holding.flying || holding.queued) return;
-  if (holding.in_step() || closing_) return holders_.tidy(holding);
+  if (holding.in_step()) return holders_.tidy(holding);
+  if (closing_) return;  // flush_slots() tells the rest, once no call is under way
   if (holding.unstated_since != kForever)
     return arm(clock_.now() + kRestatePause);  // the last attempt failed
   holding.queued = true;
