@@ -614,6 +614,22 @@ async def test_the_middleware_limits_a_token_bucket(store: str) -> None:
     assert answers[2].json()["detail"][0]["context"]["limiter"] == "api"
 
 
+async def test_an_http_exception_of_the_middlewares_extractor_is_the_response() -> None:
+    ratesync.configure_limiter("api", rate_per_second=0.01)
+
+    async def account(request: Request) -> str:
+        if "x-account" not in request.headers:
+            raise HTTPException(401, "who are you?", {"www-authenticate": "Bearer"})
+        return request.headers["x-account"]
+
+    async with client_of(middleware_app(identifier_extractor=account)) as client:
+        refused = await client.get("/api/items")
+        assert (refused.status_code, refused.json()) == (401, {"detail": "who are you?"})
+        assert refused.headers["www-authenticate"] == "Bearer"
+        codes = [(await client.get("/api/items", headers={"x-account": "a"})).status_code for _ in range(2)]
+    assert codes == [200, 429]
+
+
 async def test_paths_are_included_and_excluded_and_excludes_win() -> None:
     ratesync.configure_limiter("api", rate_per_second=0.01)
     app = middleware_app(include_paths=["/api", "/health"], exclude_paths=["/health$"])

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
@@ -39,7 +40,8 @@ class RateLimitMiddleware:
         fail_open: whether requests pass when the limiter fails, as in `RateLimitDependency`; False raises
             what failed.
         trusted_proxies: networks of proxies, as in `get_client_ip`.
-        identifier_extractor: function of the request that names who is limited; None: the address.
+        identifier_extractor: function of the request that names who is limited; None: the address. It sees
+            the head of the request, not the body, and an HTTPException that it raises is the response.
         timeout: seconds to wait for a turn; 0 refuses at once, None takes the limiter's default.
         headers: `legacy`, `ietf` or `both`.
 
@@ -78,7 +80,11 @@ class RateLimitMiddleware:
         if scope["type"] != "http" or not self.covers(scope["path"]):
             return await self.app(scope, receive, send)
         limit = self._limit
-        identifier = await limit.identify(Request(scope))
+        try:
+            identifier = await limit.identify(Request(scope))
+        except HTTPException as error:  # nobody outside of the application would make a response of it
+            response = JSONResponse({"detail": error.detail}, error.status_code, error.headers)
+            return await response(scope, receive, send)
         try:
             admission = await admit(self.limiter_id, identifier, limit.timeout)
         except Exception as error:
