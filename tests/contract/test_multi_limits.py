@@ -19,3 +19,9 @@ class TestPostgres(MultiLimitContract):
     @pytest.fixture
     def store_options(self, ratesync_postgres_url: str) -> dict[str, Any]:
         return {"engine": "postgres", "url": ratesync_postgres_url, "auto_create": True}
+
+
+class TestRedis(MultiLimitContract):
+    @pytest.fixture
+    def store_options(self, ratesync_redis_url: str) -> dict[str, Any]:
+        return {"engine": "redis", "url": ratesync_redis_url}
