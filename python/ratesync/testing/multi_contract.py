@@ -419,4 +419,6 @@ class MultiLimitContract:
                 child.stdin.flush()
             time.sleep(0.3)
             assert all(child.poll() is None for child in children)
+        # Each ends right after its turn, and gives the slot back before it is gone.
         assert [child.communicate(timeout=60)[0] for child in children] == ["True\n"] * 3
+        assert ratesync.get_limiter("slot").peek().wait().in_use == 0
