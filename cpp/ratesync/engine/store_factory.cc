@@ -92,6 +92,7 @@ Result<postgres::PostgresOptions> postgres_options(const StoreOptions& options) 
   reader.text("synchronous_commit", out.synchronous_commit);
   reader.flag("unlogged", out.unlogged);
   reader.text("statement_cache", out.statement_cache);
+  reader.text("listen_url", out.listen_url);
   reader.count("lanes", out.lanes);
   reader.ignore("timing_margin_ms");  // of the limiters on the store
   Status status = reader.finish();

@@ -36,6 +36,9 @@ class PgConnection final : public Connection {
   [[nodiscard]] bool named_statements() const override { return names_.allowed; }
   [[nodiscard]] std::string peer() const override;
   void on_broken(std::function<void(Status)> listener) override { broken_ = std::move(listener); }
+  void on_notice(std::function<void(const std::string&, const std::string&)> listener) override {
+    noticed_ = std::move(listener);
+  }
 
  private:
   enum class State : std::uint8_t { fresh, connecting, idle, working, closed };
@@ -66,6 +69,7 @@ class PgConnection final : public Connection {
   void take_results(bool readable);
   void take_script_results(bool readable);
   void idle_input(bool readable);
+  void take_notices();
   void arm(Nanos deadline);
   void on_timer();
   void finish_work(PipelineResult result, bool readable);
@@ -90,6 +94,7 @@ class PgConnection final : public Connection {
   Done connected_;
   std::shared_ptr<Connection> keep_connecting_;
   std::function<void(Status)> broken_;
+  std::function<void(const std::string&, const std::string&)> noticed_;
 };
 
 std::string PgConnection::peer() const {
@@ -263,11 +268,28 @@ void PgConnection::watch() {
 }
 
 void PgConnection::on_readable() {
+  const auto held = self();
   const bool readable = PQconsumeInput(link_->pg()) != 0;
   if (readable) watch();
-  if (!work_) return idle_input(readable);
-  if (work_->pipeline) return take_results(readable);
-  take_script_results(readable);
+  if (!work_)
+    idle_input(readable);
+  else if (work_->pipeline)
+    take_results(readable);
+  else
+    take_script_results(readable);
+  take_notices();
+}
+
+// They come between results; libpq has put them aside while it parsed those.
+void PgConnection::take_notices() {
+  if (!noticed_ || !link_) return;
+  std::vector<std::pair<std::string, std::string>> notices;
+  while (PGnotify* one = PQnotifies(link_->pg())) {
+    notices.emplace_back(one->relname, one->extra);
+    PQfreemem(one);
+  }
+  const auto listener = noticed_;
+  for (const auto& [channel, payload] : notices) listener(channel, payload);
 }
 
 void PgConnection::take_results(bool readable) {

@@ -107,6 +107,8 @@ class Connection : public std::enable_shared_from_this<Connection> {
   // The server closed an idle connection (or it broke): called at most once, not for close(), and
   // not when a pipeline is under way: that one's result says it.
   virtual void on_broken(std::function<void(Status)> listener) = 0;
+  // LISTEN: called with channel and payload of what the server tells. The listener may close.
+  virtual void on_notice(std::function<void(const std::string&, const std::string&)> listener) = 0;
 };
 
 // Encoders for array parameters.

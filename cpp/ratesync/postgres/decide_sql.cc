@@ -65,6 +65,44 @@ void write_leases(Parts& p, bool leases) {
                             ++p.count);
 }
 
+// Roughly first come, first served, over processes: a slot is not for us while there are as many waiters of
+// other processes before us. Who stands in line and finds the limit full is remembered, with the moment
+// at which that began; once granted it goes to the back. Who gives slots back tells the first in line.
+void add_waiters(Parts& p, const std::string& me) {
+  p.column("queued", "int8");
+  p.read += ", q.since, q.before";
+  p.joins += fmt::format(R"(
+  LEFT JOIN LATERAL (
+    SELECT m.since, (SELECT count(*) FROM {{4}} AS x
+                     WHERE x.group_id = i.g AND x.waiter_id <> ${0}::int8 AND x.expires_at > c.now
+                       AND (m.since IS NULL OR x.since < m.since)) AS before
+    FROM (SELECT max(since) AS since FROM {{4}}
+          WHERE group_id = i.g AND waiter_id = ${0}::int8 AND expires_at > c.now OFFSET 0) AS m
+    WHERE i.slots IS NOT NULL OFFSET 0) AS q ON true)",
+                         me);
+}
+
+void write_waiters(Parts& p, const std::string& me, int channel) {
+  p.in_steps += fmt::format(R"(, waiting AS (
+  INSERT INTO {{4}} AS x (group_id, waiter_id, since, expires_at)
+  SELECT g, ${0}::int8, CASE WHEN k > 0 THEN now ELSE coalesce(since, now) END, now + interval '2500 ms'
+  FROM a WHERE waits
+  ON CONFLICT (group_id, waiter_id) DO UPDATE SET since = excluded.since, expires_at = excluded.expires_at
+), served AS (
+  DELETE FROM {{4}} AS x USING a
+  WHERE a.k > 0 AND NOT a.waits AND a.since IS NOT NULL AND x.group_id = a.g AND x.waiter_id = ${0}::int8
+), told AS MATERIALIZED (
+  SELECT pg_notify(${1}::text || q.waiter_id, '=' || a.g) AS done
+  FROM a, LATERAL (
+    SELECT waiter_id FROM {{4}} WHERE group_id = a.g AND expires_at > a.now
+      AND a.kept + a.k < a.mine AND a.slots > a.others + a.kept + a.k
+    ORDER BY since LIMIT greatest(a.slots - a.others - a.kept - a.k, 0)) AS q
+  WHERE a.wrote AND q.waiter_id <> ${0}::int8
+))",
+                            me, channel);
+  p.answer += ", (SELECT count(done) FROM told)";
+}
+
 void add_windows(Parts& p) {
   p.column("algo", "int4");
   for (const char* name : {"cost", "lim", "win", "patience"}) p.column(name, "int8");
@@ -126,16 +164,21 @@ constexpr const char* kAfter = R"(
 }  // namespace
 
 std::string decide_sql(const LimitTables& tables, DecideShape shape) {
-  const bool leases = !tables.leases.empty();
+  const bool leases = !tables.leases.empty(), waiters = leases && !tables.waiters.empty();
   Parts p;
   p.column("g", "text");
   p.column("n", "int8");
   p.column("each", "float8");
   for (const char* name : {"room", "step", "slots"}) p.column(name, "int8");
   add_leases(p, leases);
+  // Who we are comes behind all columns: leases and waiters name it before it has a number.
+  const std::string me = std::to_string(p.count + (waiters ? 1 : 0) + (shape.windows ? 5 : 0) +
+                                        (shape.together ? 1 : 0) + (leases ? 1 : 0) + 1);
+  if (waiters) add_waiters(p, me);
   if (shape.windows) add_windows(p);
   if (shape.together) p.column("bundle", "int8");
   write_leases(p, leases);
+  if (waiters) write_waiters(p, me, std::stoi(me) + 1);
   if (shape.windows) write_windows(p);
   // A trigger that swallows the write of one part must not leave the others charged.
   if (shape.together) p.answer += ", 1 / ((SELECT count(*) FROM v) = (SELECT count(*) FROM w))::int4";
@@ -149,14 +192,15 @@ l AS MATERIALIZED (
          AS i({columns}, ord)
   LEFT JOIN LATERAL (SELECT * FROM {{0}} WHERE group_id = i.g) AS s ON true{joins}
 ), {levels}decided AS MATERIALIZED (
-  SELECT *, {changed} AS changed{holder}
+  SELECT *, {changed} AS changed{holder}{waits}
   FROM (
     SELECT *, {together} AS k
     FROM (
-      SELECT *, least(may, CASE WHEN slots IS NULL THEN n ELSE greatest(slots - others - kept, 0) END) AS can
+      SELECT *, least(may, CASE WHEN slots IS NULL THEN n ELSE greatest(spare, 0) END) AS can
       FROM (
-        SELECT *, {may} AS may, {kept} AS kept
-        FROM (SELECT *, CASE WHEN each IS NULL THEN 0 ELSE @ahead@ END AS ahead FROM {source} OFFSET 0) AS q
+        SELECT *, slots - others - kept{before} AS spare
+        FROM (SELECT *, {may} AS may, {kept} AS kept FROM (SELECT *, CASE WHEN each IS NULL THEN 0 ELSE @ahead@ END AS ahead FROM {source} OFFSET 0) AS q
+          OFFSET 0) AS e
         OFFSET 0) AS f
       OFFSET 0) AS r
     OFFSET 0) AS p
@@ -180,10 +224,13 @@ l AS MATERIALIZED (
 ), a AS MATERIALIZED (
   SELECT d.*, w.stamp, w.group_id IS NOT NULL AS wrote FROM d LEFT JOIN w ON w.group_id = d.g
 ){steps}
-SELECT ord, k, ahead, {stamp}, may, slots - others - kept - k AS free, lost, wrote{answer}
+SELECT ord, k, ahead, {stamp}, may, spare - k AS free, lost, wrote{answer}
 FROM a WHERE wrote OR NOT (k > 0 OR changed))",
       fmt::arg("read", p.read), fmt::arg("types", p.types), fmt::arg("columns", p.columns),
       fmt::arg("joins", p.joins), fmt::arg("levels", shape.windows ? "@window_levels@, " : ""),
+      fmt::arg("before", waiters ? " - coalesce(before, 0)" : ""),
+      fmt::arg("waits",
+               waiters ? ", slots IS NOT NULL AND queued > k AND may > k AND spare <= k AS waits" : ""),
       fmt::arg("changed", p.changed), fmt::arg("holder", p.holder),
       fmt::arg("together", shape.together ? "min(can) OVER (PARTITION BY bundle)" : "can"),
       fmt::arg("may", shape.windows ? kMayByWindow : kMayByRate), fmt::arg("kept", p.kept),

@@ -22,6 +22,14 @@ constexpr unsigned kTripsInARow = 16;
 
 const Statement kLazyCommit{"ratesync_lazy_commit", "SELECT set_config('synchronous_commit', 'off', true)"};
 
+// The number of the last request that stands in line, from 1; 0: none.
+std::int64_t last_queued(const OpList& ops) {
+  for (std::size_t i = ops.size(); i > 0; --i)
+    if (ops[i - 1]->all ? ops[i - 1]->all->queued : ops[i - 1]->acquire->queued)
+      return static_cast<std::int64_t>(i);
+  return 0;
+}
+
 // A restatement carries nobody who could be told.
 void count_conflict(const Run& run) {
   if (!run.ops.empty()) ++run.ops.front()->acquire->conflicts;
@@ -110,13 +118,14 @@ std::vector<Call> PgLimitStore::build_calls(Trip& trip) {
       std::any_of(plan.adjustments.begin(), plan.adjustments.end(), [this](const Adjustment& a) {
         return a.group->params.is_window() || (a.mode == AdjustMode::reset && (leases() || windows()));
       });
-  const bool lock_first =
-      (!rates && !plan.layers.empty()) || others || (!plan.adjustments.empty() && groups.size() > 1);
+  const bool lock_first = (!rates && !plan.layers.empty()) || others || !plan.unwaits.empty() ||
+                          (!plan.adjustments.empty() && groups.size() > 1);
   if (lock_first) calls.push_back({&sql.lock, {Param::text(array_of_text(groups))}});
   // The rate statement says it itself.
   const bool writes = !plan.adjustments.empty() || !plan.layers.empty();
   if (lazy && writes && (!rates || plan.layers.empty())) calls.push_back({&kLazyCommit, {}});
 
+  add_unwaits(plan.unwaits, calls);
   add_adjustments(plan, calls);
 
   trip.layer_call = calls.size();
@@ -165,9 +174,10 @@ Call PgLimitStore::decide_call(Trip& trip, const Layer& layer) {
   Call call{together ? &sql.together : with_windows ? &sql.windows : &sql.slots, run_params(layer)};
   Holders& holders = holders_of(trip.lane);
   trip.stated_from.push_back(trip.stated.size());
-  ArrayWriter slots, held, holder, fresh, lease, freed, bundle;
+  ArrayWriter slots, held, holder, fresh, lease, freed, bundle, queued;
   for (const Run& run : layer) {
     bundle.add(static_cast<std::int64_t>(run.bundle));
+    queued.add(last_queued(together && run.bundled >= 0 ? trip.plan.bundles[run.bundle].ops : run.ops));
     if (!run.group->params.has_concurrency()) {
       trip.stated.push_back(nullptr);
       slots.add_null();
@@ -189,9 +199,14 @@ Call PgLimitStore::decide_call(Trip& trip, const Layer& layer) {
     for (ArrayWriter* array : {&held, &holder, &fresh, &lease}) call.params.push_back(array->take());
   else
     call.params.push_back(freed.take());
+  if (waiters()) call.params.push_back(queued.take());
   if (with_windows) add_window_params(layer, call.params);
   if (together) call.params.push_back(bundle.take());
   if (leases()) call.params.push_back(Param::text(options_.holder));
+  if (waiters()) {
+    call.params.push_back(Param::text(std::to_string(me_)));
+    call.params.push_back(Param::text(options_.channel));
+  }
   return call;
 }
 
@@ -245,6 +260,12 @@ RunAnswer PgLimitStore::read_answer(Trip& trip, const Run& run, Holding* holding
     if (answer.wrote) purge();
   }
   if (!holding) return answer;
+  if (waiters()) {
+    const std::int64_t queued =
+        last_queued(trip.lane.together() ? trip.plan.bundles[run.bundle].ops : run.ops);
+    const bool waits = queued > answer.granted && answer.may > answer.granted && answer.free <= 0;
+    if (waits || answer.granted > 0) remember(run.group, waits);
+  }
   const store::HolderId before = holding->id;
   const std::int64_t lost =
       holders_of(trip.lane).answered(*holding, answer.granted, answer.lost, answer.wrote, trip.sent);

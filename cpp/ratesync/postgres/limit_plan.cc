@@ -146,6 +146,11 @@ TripPlan plan_trip(const OpList& pending, Nanos now, std::size_t max_layers) {
       case QueuedOp::Kind::refund:
       case QueuedOp::Kind::settle:
       case QueuedOp::Kind::reset: placed = add_adjustment(group, op); break;
+      case QueuedOp::Kind::unwait:
+        // Those who asked before were remembered for it; those who ask later are not meant.
+        placed = group.runs.empty();
+        if (placed) out.unwaits.push_back(op);
+        break;
       case QueuedOp::Kind::acquire_all:
       case QueuedOp::Kind::peek: break;
     }
@@ -175,6 +180,7 @@ std::vector<std::string_view> TripPlan::groups() const {
   for (const Adjustment& adjustment : adjustments) out.push_back(adjustment.group->id);
   for (const Layer& layer : layers)
     for (const Run& run : layer) out.push_back(run.id());
+  for (const QueuedOp* op : unwaits) out.push_back(op->group->id);
   std::sort(out.begin(), out.end());
   out.erase(std::unique(out.begin(), out.end()), out.end());
   return out;
@@ -189,6 +195,7 @@ OpList TripPlan::ops() const {
   for (const Bundle& bundle : bundles) out.insert(out.end(), bundle.ops.begin(), bundle.ops.end());
   out.insert(out.end(), peeks.begin(), peeks.end());
   out.insert(out.end(), window_peeks.begin(), window_peeks.end());
+  out.insert(out.end(), unwaits.begin(), unwaits.end());
   return out;
 }
 

@@ -33,6 +33,7 @@ struct QueuedOp {
     settle,
     reset,
     peek,
+    unwait,  // nobody of this process stands in line any more
   };
   // What only the rare kinds need.
   struct Side {
@@ -87,7 +88,7 @@ struct Adjustment {
 struct TripPlan {
   std::vector<Layer> layers;
   std::vector<Adjustment> adjustments;  // one per group, sorted
-  OpList peeks, window_peeks;
+  OpList peeks, window_peeks, unwaits;
   std::vector<Bundle> bundles;  // of several limits at once; their runs are in `layers`
   OpList later;                 // did not fit: next round, in this order
   Nanos now = 0;

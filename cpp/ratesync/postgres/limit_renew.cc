@@ -161,10 +161,10 @@ void PgLimitStore::purge() {
     if (!*alive || !got.ok()) return;
     const LimitSql& sql = backend_.limit_sql();
     const PgPool::Lease connection = got.value();
-    if (sql.purge_log.sql.empty()) return backend_.pool().put(connection);
     std::vector<Call> calls;
-    for (const Statement* statement : {&sql.purge_log, &sql.purge_windows})
-      calls.push_back({statement, {Param::text(std::to_string(kPurgeAtOnce))}});
+    for (const Statement* statement : {&sql.purge_log, &sql.purge_windows, &sql.purge_waiters})
+      if (!statement->sql.empty()) calls.push_back({statement, {Param::text(std::to_string(kPurgeAtOnce))}});
+    if (calls.empty()) return backend_.pool().put(connection);
     count(calls, 0);
     connection->run(std::move(calls), [this, connection, alive](PipelineResult result) {
       if (!*alive) return;
@@ -180,6 +180,7 @@ void PgLimitStore::purge() {
 
 void PgLimitStore::close(Nanos patience, std::function<void()> done) {
   closing_ = true;
+  listener_.close();
   timer_->cancel();
   closed_ = std::move(done);
   timer_->expires_after(std::chrono::nanoseconds(patience));

@@ -134,6 +134,10 @@ LimitSql make_limit_sql(const LimitTables& tables) {
     sql.renew = named("renew", fill(kRenew, tables));
     sql.list_holders = {"", fill(kListHolders, tables)};
   }
+  if (leases && !tables.waiters.empty()) {
+    sql.unwait = named("unwait", unwait_sql(tables));
+    sql.purge_waiters = named("purge_waiters", purge_waiters_sql(tables));
+  }
   if (!tables.windows.empty()) {
     sql.windows = named("windows", decide_sql(tables, {.windows = true}));
     sql.adjust_windows = named("adjust_windows", adjust_windows_sql(tables));

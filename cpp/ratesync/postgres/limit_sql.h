@@ -48,6 +48,8 @@ struct LimitSql {
   Statement peek;
   // window_sql.cc; empty without their tables. The purges take $1 int8: at most so many rows.
   Statement adjust_windows, close_gaps, peek_windows, purge_log, purge_windows;
+  // waiter_sql.cc; empty without leases or waiters.
+  Statement unwait, purge_waiters;
   // $1 int8 limit. Row: group, ahead of now us, version, in use.
   Statement list_groups;
   // $1 int8 limit. Row: group, holder, slots, held for us, expires in us. Empty without leases.

@@ -99,7 +99,16 @@ PgLimitStore::PgLimitStore(asio::io_context& io, const Clock& clock, LimitBacken
       holders_((static_cast<std::uint64_t>(std::random_device{}()) << 32) ^ std::random_device{}()),
       holders_together_((static_cast<std::uint64_t>(std::random_device{}()) << 32) ^ std::random_device{}()),
       timer_(std::make_unique<asio::steady_timer>(io)),
-      random_(std::random_device{}()) {
+      random_(std::random_device{}()),
+      me_(static_cast<std::int64_t>(
+          ((static_cast<std::uint64_t>(std::random_device{}()) << 31) ^ std::random_device{}()) >> 1)),
+      listener_(
+          io, clock, options_.listen, options_.connection, options_.channel + std::to_string(me_),
+          {[this](const std::string& group) {
+             if (freed_) freed_(group);
+           },
+           [this] { ask_everybody(); },
+           [this](const std::string& channel, const std::string& payload) { probe(channel, payload); }}) {
   const std::size_t count = std::max<std::size_t>(options_.lanes, 1);
   for (const Kind kind : {Kind::rates, Kind::slots, Kind::windows})
     for (std::size_t i = 0; i < count; ++i)
@@ -156,6 +165,7 @@ void PgLimitStore::fail(QueuedOp& op, const Status& status) {
         arm(clock_.now() + kRestatePause);
       }
       return;
+    case QueuedOp::Kind::unwait: return;  // it ends by itself
     case QueuedOp::Kind::peek: return op.side->peeked(status);
     case QueuedOp::Kind::refund:
     case QueuedOp::Kind::settle:

@@ -19,6 +19,7 @@
 #include "ratesync/batch/batcher.h"
 #include "ratesync/postgres/limit_plan.h"
 #include "ratesync/postgres/limit_sql.h"
+#include "ratesync/postgres/listener.h"
 #include "ratesync/postgres/pg_pool.h"
 #include "ratesync/store/holders.h"
 #include "ratesync/store/store.h"
@@ -36,6 +37,7 @@ class LimitBackend {
   virtual void when_ready(Connection::Done done) = 0;
   virtual PgPool& pool() = 0;
   virtual const LimitSql& limit_sql() const = 0;  // after when_ready
+  [[nodiscard]] virtual bool ready() const = 0;
   // Why there are no windows, with the cure. The schema is looked at anew before the next trip.
   virtual Status no_windows() = 0;
   // The server's refusal in words, with table and schema. May look at the schema anew next time.
@@ -54,6 +56,9 @@ struct LimitStoreOptions {
   std::size_t max_batch = 1'000;
   std::size_t max_queue = 100'000;  // per lane
   std::string holder;               // who we are, for people: host:pid application
+  ConnInfo listen;                  // where LISTEN works
+  ConnectionOptions connection;     // for it
+  std::string channel;              // prefix of the channels of this table's processes
 };
 
 class PgLimitStore final : public store::LimitStore {
@@ -72,6 +77,13 @@ class PgLimitStore final : public store::LimitStore {
   void reset(const store::GroupRef& group, store::Callback<store::Unit> done) override;
   void list(std::size_t limit, store::Callback<store::Listing> done) override;
   void on_lost(std::function<void(const std::string& group, store::HolderId)> listener) override;
+  void stop_waiting(const store::GroupRef& group) override;
+  void on_freed(std::function<void(const std::string& group)> listener) override {
+    freed_ = std::move(listener);
+  }
+  [[nodiscard]] bool pushes() const override { return waiters() && listener_.active(); }
+  [[nodiscard]] bool deaf() const { return listener_.deaf(); }
+  void abandon_after_fork() { listener_.abandon_after_fork(); }
 
   // Fails what is queued with Code::closed, lets trips under way end, then tells the server about
   // slots given back, as far as that takes no longer than `patience`.
@@ -111,6 +123,7 @@ class PgLimitStore final : public store::LimitStore {
   void drop_needless_restatements(Lane& lane, OpList& pending);
   void refuse_windows(OpList& pending);
   std::vector<Call> build_calls(Trip& trip);
+  void add_unwaits(const OpList& unwaits, std::vector<Call>& calls);
   void add_adjustments(const TripPlan& plan, std::vector<Call>& calls);
   Call decide_call(Trip& trip, const Layer& layer);
   void answered(TripPtr trip, PipelineResult result);
@@ -134,9 +147,13 @@ class PgLimitStore final : public store::LimitStore {
   void tick(Holders& holders, Nanos now);
   void renew(Holders& holders, std::vector<Holding*> due);
   void purge();
+  void remember(const store::GroupRef& group, bool waits);
+  void ask_everybody();
+  void probe(const std::string& channel, const std::string& payload);
   void flush_slots(Lane& lane, std::function<void()> done);
   void maybe_closed();
   [[nodiscard]] bool leases() const { return !backend_.limit_sql().renew.sql.empty(); }
+  [[nodiscard]] bool waiters() const;
   [[nodiscard]] bool windows() const { return !backend_.limit_sql().windows.sql.empty(); }
   void count(const std::vector<Call>& calls, std::size_t ops);
 
@@ -149,6 +166,9 @@ class PgLimitStore final : public store::LimitStore {
   Holders holders_;
   Holders holders_together_;
   std::function<void(const std::string&, store::HolderId)> lost_;
+  std::function<void(const std::string&)> freed_;
+  std::int64_t me_ = 0;                                       // as a waiter
+  std::unordered_map<std::string, store::GroupRef> waiting_;  // the server remembers us there
   std::unique_ptr<asio::steady_timer> timer_;
   Nanos armed_ = kForever;
   Nanos purge_at_ = 0;
@@ -157,6 +177,7 @@ class PgLimitStore final : public store::LimitStore {
   std::size_t trips_ = 0;
   bool closing_ = false;
   std::function<void()> closed_;
+  Listener listener_;
   std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
 };
 

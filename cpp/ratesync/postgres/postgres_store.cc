@@ -6,6 +6,8 @@
 #include <chrono>
 #include <utility>
 
+#include "ratesync/postgres/sql_text.h"
+
 namespace ratesync::postgres {
 
 using store::Finding;
@@ -97,12 +99,19 @@ Result<std::unique_ptr<store::Store>> PostgresStore::create(asio::io_context& io
   if (auto bad = durability(options.synchronous_commit); !bad.ok()) return bad.status();
   Result<ConnInfo> info = parse_conninfo(options.url);
   if (!info.ok()) return info.status();
-  return std::unique_ptr<store::Store>(
-      new PostgresStore(io, clock, std::move(options), std::move(names.value()), std::move(info.value())));
+  Result<ConnInfo> listen = parse_conninfo(options.listen_url.empty() ? options.url : options.listen_url);
+  if (!listen.ok()) {
+    Status bad = listen.status();
+    bad.message = "listen_url: " + bad.message;
+    return bad;
+  }
+  return std::unique_ptr<store::Store>(new PostgresStore(io, clock, std::move(options),
+                                                         std::move(names.value()), std::move(info.value()),
+                                                         std::move(listen.value())));
 }
 
 PostgresStore::PostgresStore(asio::io_context& io, const Clock& clock, PostgresOptions options,
-                             TableNames names, ConnInfo info)
+                             TableNames names, ConnInfo info, ConnInfo listen)
     : clock_(clock),
       options_(std::move(options)),
       names_(std::move(names)),
@@ -125,6 +134,10 @@ PostgresStore::PostgresStore(asio::io_context& io, const Clock& clock, PostgresO
   limits.durability = durability(options_.synchronous_commit).value();
   limits.lanes = options_.lanes;
   limits.holder = holder_text(info_);
+  limits.listen = std::move(listen);
+  limits.connection = connection;
+  // The names of schema and table may be long: a hash of them, and who is meant.
+  limits.channel = named("freed", names_.quoted(names_.state)).name + '_';
   limits_ = std::make_unique<PgLimitStore>(io, clock_, static_cast<LimitBackend&>(*this), std::move(limits));
 }
 
@@ -140,7 +153,10 @@ store::Capabilities PostgresStore::capabilities() const {
 
 bool PostgresStore::down() const { return pool_->down(); }
 
-void PostgresStore::abandon_after_fork() { pool_->abandon_after_fork(); }
+void PostgresStore::abandon_after_fork() {
+  limits_->abandon_after_fork();
+  pool_->abandon_after_fork();
+}
 
 void PostgresStore::close(std::function<void()> done) {
   limits_->close(kClosePatience, [this, done = std::move(done)] { pool_->close(done); });
@@ -380,6 +396,12 @@ LEFT JOIN pg_catalog.pg_class AS c ON c.relnamespace = n.oid AND c.relname = nam
       checkup->add(Level::ok, "pooler",
                    "a pooler sits in between: statements are not prepared; with PgBouncer 1.21 or later and "
                    "max_prepared_statements, statement_cache = \"on\" is faster");
+    if (limits_->deaf() ||
+        (automatic && options_.listen_url.empty() && !checkup->connection->named_statements()))
+      checkup->add(
+          Level::warning, "listen",
+          "notifications do not arrive through a pooler in transaction mode: waiters for a slot that "
+          "another process holds ask now and then; set listen_url to the server itself");
     pool_->put(checkup->connection);
     checkup->done(std::move(checkup->findings));
   });

@@ -34,6 +34,7 @@ struct PostgresOptions {
   std::string synchronous_commit = "auto";
   bool unlogged = false;                 // auto_create makes UNLOGGED tables: emptied by a crash
   std::string statement_cache = "auto";  // auto: unless a pooler sits in between
+  std::string listen_url;                // where LISTEN works, when url leads to a pooler; empty: url
   std::size_t lanes = 2;                 // trips at the same time, for rates, slots and windows each
 };
 
@@ -59,12 +60,13 @@ class PostgresStore final : public store::Store, private LimitBackend {
   struct Checkup;
 
   PostgresStore(asio::io_context& io, const Clock& clock, PostgresOptions options, TableNames names,
-                ConnInfo info);
+                ConnInfo info, ConnInfo listen);
 
   // LimitBackend
   void when_ready(Connection::Done done) override;
   PgPool& pool() override { return *pool_; }
   const LimitSql& limit_sql() const override { return *sql_; }
+  bool ready() const override { return sql_ != nullptr; }
   Status no_windows() override;
   Status explain(const PipelineResult& result) override;
 

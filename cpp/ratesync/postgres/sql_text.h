@@ -36,4 +36,8 @@ std::string close_gaps_sql(const LimitTables& tables);
 std::string purge_log_sql(const LimitTables& tables);
 std::string purge_windows_sql(const LimitTables& tables);
 
+// waiter_sql.cc
+std::string unwait_sql(const LimitTables& tables);
+std::string purge_waiters_sql(const LimitTables& tables);
+
 }  // namespace ratesync::postgres
