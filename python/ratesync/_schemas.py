@@ -90,6 +90,8 @@ class PostgresOptions(StoreOptions, frozen=True, kw_only=True, forbid_unknown_fi
     unlogged: bool = False
     #: Named prepared statements; auto finds out whether a transaction pooler is in between.
     statement_cache: Switch = "auto"
+    #: Where LISTEN works, when `url` leads to a pooler that loses notifications. Empty: `url`.
+    listen_url: str = ""
 
     @property
     def timing_margin(self) -> float:
@@ -318,6 +320,8 @@ def build_store(engine: object, raw: Mapping[str, object], where: str) -> StoreO
     options = build(ENGINES[engine], raw, where)
     if isinstance(options, PostgresOptions):
         _check_postgres_url(options.url, where)
+        if options.listen_url:
+            _check_postgres_url(options.listen_url, where, "listen_url")
         if options.pool_min_size > options.pool_max_size:
             if "pool_min_size" in raw:
                 fail(
@@ -331,10 +335,10 @@ def build_store(engine: object, raw: Mapping[str, object], where: str) -> StoreO
     return options
 
 
-def _check_postgres_url(url: str, where: str) -> None:
+def _check_postgres_url(url: str, where: str, field: str = "url") -> None:
     expected = "postgresql://user@host:5432/database or a key=value string of libpq"
     if not url.strip():
-        fail(where, "url", "is empty", expected, "''")
+        fail(where, field, "is empty", expected, "''")
     scheme, separator, _ = url.partition("://")
     if (
         separator
@@ -342,10 +346,10 @@ def _check_postgres_url(url: str, where: str) -> None:
         and scheme not in ("postgres", "postgresql")
     ):
         cure = " (leave out the driver's name)" if scheme.startswith("postgres") else ""
-        fail(where, "url", f"has another scheme{cure}", expected, repr(f"{scheme}://"))
+        fail(where, field, f"has another scheme{cure}", expected, repr(f"{scheme}://"))
     if not separator and "=" not in url:
         fail(
-            where, "url", f"is not a connection string; write {expected}"
+            where, field, f"is not a connection string; write {expected}"
         )  # it may hold a password: not shown
 
 

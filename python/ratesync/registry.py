@@ -52,9 +52,9 @@ def configure_store(
         **options: of the engine. memory: none. postgres: `url` (required), `table_name`, `schema_name`,
             `auto_create`, `pool_min_size`, `pool_max_size`, `timing_margin_ms` (milliseconds),
             `command_timeout`, `connect_timeout` (seconds), `synchronous_commit`, `unlogged`,
-            `statement_cache`. redis: `url` (required), `db`, `password`, `key_prefix`, `hash_tag` (one hash
-            slot of a Cluster for all limits), `pool_max_size`, `timing_margin_ms`, `socket_timeout`,
-            `socket_connect_timeout` (seconds).
+            `statement_cache`, `listen_url`. redis: `url` (required), `db`, `password`, `key_prefix`,
+            `hash_tag` (one hash slot of a Cluster for all limits), `pool_max_size`, `timing_margin_ms`,
+            `socket_timeout`, `socket_connect_timeout` (seconds).
 
     Raises:
         ConfigValidationError: names the option, what was expected, and the nearest valid name.

@@ -192,6 +192,7 @@ class PostgresEngineConfig(_Checked):
     synchronous_commit: Literal["auto", "on", "off"] = "auto"
     unlogged: bool = False
     statement_cache: Literal["auto", "on", "off"] = "auto"
+    listen_url: str = field(default="", repr=False)
     engine: Literal["postgres"] = "postgres"
 
 

@@ -38,8 +38,7 @@ std::string row_of(const Schema& schema, const std::string& group) {
                          " AS w USING (group_id) WHERE group_id = '" + group + "'");
 }
 LimitTables tables_of(const Schema& schema) {
-  return {schema.table(), schema.table("rate_limiter_state_leases"), windows_of(schema), log_of(schema),
-          schema.table("rate_limiter_state_waiters")};
+  return {schema.table(), schema.table("rate_limiter_state_leases"), windows_of(schema), log_of(schema), ""};
 }
 
 // A statement whose clock is a setting.

@@ -178,8 +178,8 @@ std::string decide_sql(const LimitTables& tables, DecideShape shape) {
   if (shape.windows) add_windows(p);
   if (shape.together) p.column("bundle", "int8");
   write_leases(p, leases);
-  if (waiters) write_waiters(p, me, std::stoi(me) + 1);
   if (shape.windows) write_windows(p);
+  if (waiters) write_waiters(p, me, std::stoi(me) + 1);
   // A trigger that swallows the write of one part must not leave the others charged.
   if (shape.together) p.answer += ", 1 / ((SELECT count(*) FROM v) = (SELECT count(*) FROM w))::int4";
 

@@ -252,7 +252,7 @@ RunAnswer PgLimitStore::read_answer(Trip& trip, const Run& run, Holding* holding
   answer.free = rows.integer(row, 5);
   answer.lost = rows.boolean(row, 6);
   answer.wrote = rows.boolean(row, 7);
-  if (run.group->params.is_window() && rows.columns() > 8) {
+  if (run.group->params.is_window() && rows.columns() > 11) {
     answer.waits = integers(rows.text(row, 8));
     answer.retry = rows.integer(row, 9);
     answer.remaining = rows.integer(row, 10);

@@ -213,7 +213,7 @@ void PgLimitStore::flush_slots(Lane& lane, std::function<void()> done) {
   Layer layer;
   for (auto& [id, holding] : holders_of(lane))
     if (!holding.in_step() && layer.size() < kRenewAtOnce)
-      layer.push_back(Run{holding.group, 1, kForever, false, {}, 0, layer.size()});
+      layer.push_back(Run{holding.group, 1, kForever, false, {}, -1, layer.size()});
   if (layer.empty() || backend_.pool().down()) return done();
   std::sort(layer.begin(), layer.end(), [](const Run& a, const Run& b) { return a.id() < b.id(); });
   backend_.pool().get([this, &lane, layer = std::move(layer), done = std::move(done),

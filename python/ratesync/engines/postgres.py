@@ -18,6 +18,7 @@ class PostgresExtras(LimiterExtras, total=False):
     synchronous_commit: Literal["auto", "on", "off"]
     unlogged: bool
     statement_cache: Literal["auto", "on", "off"]
+    listen_url: str
 
 
 class PostgresRateLimiter(EngineLimiter):
@@ -42,8 +43,9 @@ class PostgresRateLimiter(EngineLimiter):
         default_timeout: seconds that `acquire` waits at most; None: as long as it takes.
         fail_closed: an outage refuses calls (True) or lets them pass (False).
         **options: `command_timeout`, `connect_timeout`, `synchronous_commit`, `unlogged`,
-            `statement_cache` of the store; `algorithm`, `burst`, `lease_seconds`, `max_hold_seconds`,
-            `outage_budget` of the limiter, as in `configure_store` and `configure_limiter`.
+            `statement_cache`, `listen_url` of the store; `algorithm`, `burst`, `lease_seconds`,
+            `max_hold_seconds`, `outage_budget` of the limiter; all as in `configure_store` and
+            `configure_limiter`.
 
     Raises:
         ConfigValidationError: names the field and what was expected (also a ValueError).
