@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from ratesync.testing import RedisCluster
 from ratesync.testing.multi_contract import MultiLimitContract
 
 
@@ -25,3 +26,9 @@ class TestRedis(MultiLimitContract):
     @pytest.fixture
     def store_options(self, ratesync_redis_url: str) -> dict[str, Any]:
         return {"engine": "redis", "url": ratesync_redis_url}
+
+
+class TestRedisCluster(MultiLimitContract):
+    @pytest.fixture
+    def store_options(self, ratesync_redis_cluster: RedisCluster) -> dict[str, Any]:
+        return {"engine": "redis", "url": ratesync_redis_cluster.url, "hash_tag": "all"}

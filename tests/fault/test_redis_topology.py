@@ -215,6 +215,19 @@ async def test_limits_of_all_slots_survive_resharding_of_a_third_of_them(
     cluster.move_slots(1500, second, first)
 
 
+async def test_limits_of_different_slots_in_one_acquire_are_refused_with_the_cure(
+    ratesync_registry, ratesync_redis_cluster: RedisCluster
+) -> None:
+    configure(ratesync_redis_cluster.url, rate_per_second=0.001, burst=1)
+    for name in ("one", "two", "three"):
+        ratesync.configure_limiter(name, "r", rate_per_second=0.001, burst=1, fail_closed=True)
+    with pytest.raises(ratesync.RateLimiterError, match="hash_tag"):
+        async with ratesync.acquire("one", "two", "three"):
+            pass
+    for name in ("one", "two", "three"):
+        assert await ratesync.try_acquire(name)  # nothing was charged
+
+
 async def test_a_node_killed_under_load_is_replaced_and_the_others_go_on(
     ratesync_registry, ratesync_redis_cluster: RedisCluster
 ) -> None:
