@@ -37,7 +37,7 @@ std::string cure(std::string_view kind, std::string_view error, const ErrorConte
   if (kind == "NOPERM")
     return fmt::format(
         "Let an administrator give {} what is missing: ACL SETUSER {} ~<key_prefix>* "
-        "&<key_prefix>* +@all -@admin -@dangerous +info +role.",
+        "&<key_prefix>* +@all -@admin -@dangerous +info +role. `ratesync doctor` names the commands.",
         user_of(c), c.user.empty() ? "default" : c.user);
   if (kind == "OOM")
     return "The server is at its maxmemory and may not evict: raise maxmemory, or set a maxmemory-policy "
@@ -102,6 +102,8 @@ std::string_view kind_of(std::string_view error) {
     for (std::size_t i = error.find(": -"); i != std::string_view::npos; i = error.find(": -", i + 1))
       if (const std::string_view inner = first_word(error.substr(i + 3)); !inner.empty()) return inner;
   }
+  // What a script may not call or touch is reported as an error of the script.
+  if (error.find("The user executing the script can't") != std::string_view::npos) return "NOPERM";
   const std::string_view word = first_word(error);
   return word.empty() ? std::string_view("ERR") : word;
 }
