@@ -216,7 +216,9 @@ def test_bad_options_are_refused(options: dict[str, object]) -> None:
 
 
 async def test_the_password_is_shown_nowhere(ratesync_redis_url):
-    ratesync.configure_store("a", "redis", url="redis://u:topsecret@127.0.0.1:1/0", socket_connect_timeout=0.5)
+    ratesync.configure_store(
+        "a", "redis", url="redis://u:topsecret@127.0.0.1:1/0", socket_connect_timeout=0.5
+    )
     ratesync.configure_store("b", "redis", url="redis://127.0.0.1:1", password="topsecret")
     assert "topsecret" not in repr(ratesync.list_stores())
     for store in ("a", "b"):
@@ -296,7 +298,9 @@ async def test_requests_of_different_cost_and_patience_are_dealt_in_order(ratesy
 # One bad key --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{"rate_per_second": SLOW}, {"rate_per_second": SLOW, "max_concurrent": 2}])
+@pytest.mark.parametrize(
+    "options", [{"rate_per_second": SLOW}, {"rate_per_second": SLOW, "max_concurrent": 2}]
+)
 async def test_a_key_of_somebody_else_fails_its_limit_alone(ratesync_redis_url, ratesync_redis_py, options):
     configure(ratesync_redis_url)
     limiter = limit("l", **options)

@@ -45,6 +45,7 @@ struct RedisLimitStore::Dealt {
   std::vector<store::AcquireAllOp*> alls;
   std::vector<Lost> lost;
   std::vector<Holding*> touched;
+  bool waits = false;  // somebody stands in line for a slot
 };
 
 // --- boarding -----------------------------------------------------------------------------------------
@@ -222,6 +223,7 @@ void RedisLimitStore::answered(const FlightPtr& flight, Result<Reply> reply) {
   if (!answer.ok()) return failed(flight, answer.status());
   Dealt dealt;
   deal(*flight, answer.value(), dealt);
+  if (dealt.waits) listen();
   put_back(std::move(dealt.again));
   land(*flight);
   for (Holding* holding : dealt.touched) in_step(*holding);
@@ -267,6 +269,7 @@ void RedisLimitStore::deal(Flight& flight, const CallAnswer& answer, Dealt& deal
   };
   for (std::size_t i = 0; i < call.runs.size(); ++i) {
     Run& run = call.runs[i];
+    dealt.waits |= run.queued && answer.runs[i].full;
     deal_run(run, *call.groups[run.group].group, answer.runs[i], holder_of(run.group), call.now,
              dealt.acquires, dealt.again);
   }
@@ -276,6 +279,7 @@ void RedisLimitStore::deal(Flight& flight, const CallAnswer& answer, Dealt& deal
     op->status = Status::success();
     op->granted = decided.granted;
     op->replies.clear();
+    dealt.waits |= op->queued && !decided.granted;
     for (std::size_t part = 0; part < decided.parts.size(); ++part)
       op->replies.push_back(
           deal_part(op->parts[part], decided, decided.parts[part], holder_of(call.alls[i].groups[part])));

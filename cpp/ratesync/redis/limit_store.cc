@@ -113,10 +113,7 @@ void RedisLimitStore::push(QueuedOp op) {
 
 // --- what may be asked --------------------------------------------------------------------------------
 
-void RedisLimitStore::acquire(AcquireOp* op) {
-  if (op->queued) listen();
-  push(QueuedOp{Kind::acquire, false, op->group, op, nullptr});
-}
+void RedisLimitStore::acquire(AcquireOp* op) { push(QueuedOp{Kind::acquire, false, op->group, op, nullptr}); }
 
 bool RedisLimitStore::abandon(AcquireOp* op) {
   const auto it = lines_.find(op->group->id);
@@ -146,7 +143,6 @@ void RedisLimitStore::acquire_all(store::AcquireAllOp* op) {
   if (queued_ >= options_.max_queue)
     return fail_all(
         op, Status::make(Code::exhausted, fmt::format("the queue is full: {} operations wait", queued_)));
-  if (op->queued) listen();
   auto all = std::make_shared<All>();
   all->op = op;
   for (const store::Part& part : op->parts) {

@@ -73,8 +73,7 @@ std::int64_t Holders::forget(Holding& holding) {
 }
 
 void Holders::tidy(Holding& holding) {
-  if (holding.held > 0 || holding.flying || holding.queued) return;
-  if (!holding.in_step() && holding.unstated_since != kForever) return;
+  if (holding.held > 0 || holding.flying || holding.queued || !holding.in_step()) return;
   const std::string id = holding.group->id;
   all_.erase(id);
 }
