@@ -332,7 +332,28 @@ def build_store(engine: object, raw: Mapping[str, object], where: str) -> StoreO
                     options.pool_min_size,
                 )
             options = msgspec.structs.replace(options, pool_min_size=options.pool_max_size)
+    elif isinstance(options, RedisOptions):
+        _check_redis_url(options.url, where)
     return options
+
+
+def _check_redis_url(url: str, where: str) -> None:
+    # Those of cpp/ratesync/redis/url.cc, which checks the rest at the first use.
+    kinds = ("redis", "rediss")
+    schemes = {
+        *kinds,
+        "unix",
+        "redis+unix",
+        *(f"{one}+{two}" for one in kinds for two in ("sentinel", "cluster")),
+    }
+    expected = "redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://"
+    if not url.strip():
+        fail(where, "url", "is empty", expected, "''")
+    scheme, separator, _ = url.partition("://")
+    if not separator:  # not shown: it may hold a password
+        fail(where, "url", f"is not an address; write {expected}")
+    if re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme) and scheme.lower() not in schemes:
+        fail(where, "url", "has another scheme", expected, repr(f"{scheme}://"))
 
 
 def _check_postgres_url(url: str, where: str, field: str = "url") -> None:

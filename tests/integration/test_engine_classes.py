@@ -28,6 +28,15 @@ def make(request: pytest.FixtureRequest) -> Any:
     return lambda group, **fields: RedisRateLimiter(url=url, group_id=group, **fields)
 
 
+@pytest.fixture(params=["postgres", "redis"])
+def db(request: pytest.FixtureRequest) -> str:
+    """The store `db`, of one engine."""
+    url = request.getfixturevalue(f"ratesync_{request.param}_url")
+    options = {"auto_create": True} if request.param == "postgres" else {}
+    ratesync.configure_store("db", request.param, url=url, **options)
+    return str(request.param)
+
+
 async def test_two_objects_of_one_name_share_the_limit_and_other_names_do_not(make: Any) -> None:
     first, second = (make("api", rate_per_second=0.01, burst=2) for _ in range(2))
     other = make("other", rate_per_second=0.01)
@@ -112,8 +121,7 @@ async def test_twenty_limiters_and_tenants_open_one_pool(
     assert count <= 2 * 3
 
 
-async def test_checks_tell_the_true_numbers_of_a_server(ratesync_postgres_url: str) -> None:
-    ratesync.configure_store("db", "postgres", url=ratesync_postgres_url, auto_create=True)
+async def test_checks_tell_the_true_numbers_of_a_server(db: str) -> None:
     ratesync.configure_limiter("user", "db", rate_per_second=0.01, burst=3)
     ratesync.configure_limiter("ip", "db", rate_per_second=0.01, burst=2, max_concurrent=1)
     for _ in range(3):
@@ -130,10 +138,7 @@ async def test_checks_tell_the_true_numbers_of_a_server(ratesync_postgres_url: s
     assert (await ratesync.get_limiter("ip").peek()).in_use == 0
 
 
-async def test_many_checks_of_several_limits_at_once_charge_all_or_nothing(
-    ratesync_postgres_url: str,
-) -> None:
-    ratesync.configure_store("db", "postgres", url=ratesync_postgres_url, auto_create=True)
+async def test_many_checks_of_several_limits_at_once_charge_all_or_nothing(db: str) -> None:
     ratesync.configure_limiter("a", "db", rate_per_second=0.001, burst=7)
     ratesync.configure_limiter("b", "db", rate_per_second=0.001, burst=9)
     await ratesync.initialize_all_limiters()
@@ -155,8 +160,7 @@ async def test_a_mistake_is_seen_and_not_taken_for_an_outage(ratesync_postgres_u
     assert (await ratesync.get_limiter("local").peek()).remaining == 1
 
 
-async def test_limits_of_several_stores_are_checked_all_or_nothing(ratesync_postgres_url: str) -> None:
-    ratesync.configure_store("db", "postgres", url=ratesync_postgres_url, auto_create=True)
+async def test_limits_of_several_stores_are_checked_all_or_nothing(db: str) -> None:
     ratesync.configure_limiter("shared", "db", rate_per_second=0.001, burst=2)
     ratesync.configure_limiter("local", rate_per_second=0.001, burst=5, max_concurrent=3)
     composite = ratesync.CompositeRateLimiter({"a": "shared", "b": "local"})
@@ -190,10 +194,7 @@ async def test_another_prefix_is_another_limit(ratesync_redis_url: str) -> None:
     assert [await limiter.try_acquire() for limiter in limiters] == [True, True]
 
 
-async def test_checks_cancelled_at_any_moment_leave_no_slot_and_keep_the_count(
-    ratesync_postgres_url: str,
-) -> None:
-    ratesync.configure_store("db", "postgres", url=ratesync_postgres_url, auto_create=True)
+async def test_checks_cancelled_at_any_moment_leave_no_slot_and_keep_the_count(db: str) -> None:
     ratesync.configure_limiter("a", "db", rate_per_second=0.001, burst=1000)
     ratesync.configure_limiter("b", "db", rate_per_second=0.001, burst=1000, max_concurrent=500)
     ratesync.configure_limiter("local", rate_per_second=0.001, burst=1000)
@@ -222,3 +223,18 @@ async def test_checks_cancelled_at_any_moment_leave_no_slot_and_keep_the_count(
     assert granted >= 30
     used = [state.current_usage for state in states]
     assert all(granted <= units <= granted + 30 for units in used), (granted, used)
+
+
+@pytest.mark.slow
+async def test_a_cluster_that_keeps_the_limits_apart_checks_them_all_or_nothing(
+    ratesync_redis_cluster: Any,
+) -> None:
+    ratesync.configure_store("cluster", "redis", url=ratesync_redis_cluster.url)
+    ratesync.configure_limiter("user", "cluster", rate_per_second=0.001, burst=5)
+    ratesync.configure_limiter("ip", "cluster", rate_per_second=0.001, burst=2, max_concurrent=1)
+    composite = ratesync.CompositeRateLimiter({"user": "user", "ip": "ip"})
+    checks = [await composite.check({"user": "ada", "ip": "192.0.2.7"}) for _ in range(4)]
+    assert [check.allowed for check in checks] == [True, True, False, False]
+    assert checks[-1].triggered_by == "ip"
+    assert (await ratesync.get_limiter("user").peek("ada")).remaining == 3
+    assert (await ratesync.get_limiter("ip").peek("192.0.2.7")).in_use == 0

@@ -9,9 +9,15 @@ from typing import Any
 import pytest
 
 import ratesync
-from ratesync import ConfigValidationError, MemoryRateLimiter, PostgresRateLimiter, RateLimiter
+from ratesync import (
+    ConfigValidationError,
+    MemoryRateLimiter,
+    PostgresRateLimiter,
+    RateLimiter,
+    RedisRateLimiter,
+)
 from ratesync.engines import memory
-from ratesync.schemas import MemoryEngineConfig, PostgresEngineConfig
+from ratesync.schemas import MemoryEngineConfig, PostgresEngineConfig, RedisEngineConfig
 from ratesync.testing import ManualClock
 
 pytestmark = pytest.mark.usefixtures("ratesync_registry")
@@ -95,6 +101,60 @@ def test_bad_options_of_a_store_are_refused_with_the_field(fields: dict[str, Any
         PostgresRateLimiter(group_id="api", rate_per_second=1.0, **fields)
     assert caught.value.field == field
     assert "secret" not in str(caught.value)
+
+
+def test_the_keywords_of_redis() -> None:
+    limiter = RedisRateLimiter(
+        url="redis://localhost:1/0",
+        group_id="api",
+        rate_per_second=10.0,
+        max_concurrent=5,
+        db=1,
+        password="secret",
+        pool_min_size=2,
+        pool_max_size=4,
+        key_prefix="app",
+        timing_margin_ms=5.0,
+        socket_timeout=1.0,
+        socket_connect_timeout=1.0,
+        default_timeout=2.0,
+        fail_closed=True,
+    )
+    assert (limiter.rate_per_second, limiter.max_concurrent, limiter.default_timeout) == (10.0, 5, 2.0)
+    by_another_name = RedisRateLimiter(
+        connection_url="redis://localhost:1/0", group_id="b", max_concurrent=1, db=1
+    )
+    assert by_another_name._store is not limiter._store, "another password, another store"
+    for fields, field in (
+        ({"url": ""}, "url"),
+        ({"url": "secret@localhost"}, "url"),
+        ({"url": "memcached://localhost"}, "url"),
+        ({"db": -1}, "db"),
+        ({"key_prefix": ""}, "key_prefix"),
+        ({"socket_timeout": 0}, "socket_timeout"),
+        ({"sockettimeout": 1}, "sockettimeout"),
+    ):
+        given: dict[str, Any] = {
+            "url": "redis://localhost:1",
+            "group_id": "a",
+            "rate_per_second": 1.0,
+            **fields,
+        }
+        with pytest.raises(ConfigValidationError) as caught:
+            RedisRateLimiter(**given)
+        assert caught.value.field == field
+        assert "secret" not in str(caught.value)
+    for url in (
+        "rediss+sentinel://a,b/main",
+        "redis+cluster://a:1,b:2",
+        "unix:///tmp/redis.sock",
+        "REDIS://a",
+    ):
+        assert RedisRateLimiter(url, "api", rate_per_second=1.0).group_id == "api"
+    config = RedisEngineConfig(url="redis://:secret@localhost:1/0", key_prefix="app")
+    assert "secret" not in repr(config)
+    made = RedisRateLimiter.from_config(config, group_id="a", rate_per_second=1.0)
+    assert made.group_id == "a"
 
 
 def test_from_config() -> None:

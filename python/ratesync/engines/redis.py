@@ -45,6 +45,11 @@ class RedisRateLimiter(EngineLimiter):
 
     Raises:
         ConfigValidationError: names the field and what was expected (also a ValueError).
+
+    Example:
+        >>> limiter = RedisRateLimiter("redis://localhost:6379/0", "example", rate_per_second=5.0)
+        >>> limiter.group_id, limiter.is_initialized
+        ('example', False)
     """
 
     engine: ClassVar[str] = "redis"
