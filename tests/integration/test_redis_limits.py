@@ -210,9 +210,12 @@ async def test_prefixes_keep_stores_apart(ratesync_redis_url):
     ],
 )
 def test_bad_options_are_refused(options: dict[str, object]) -> None:
-    with pytest.raises(ConfigValidationError):
+    def use() -> None:
         ratesync.configure_store("db", "redis", **{"url": "redis://127.0.0.1", **options})
         ratesync.get_store("db").initialize().wait()
+
+    with pytest.raises(ConfigValidationError):
+        use()
 
 
 async def test_the_password_is_shown_nowhere(ratesync_redis_url):
@@ -333,11 +336,11 @@ async def test_forgotten_scripts_are_loaded_again(ratesync_redis_url, ratesync_r
 
 
 ACL = ["~rate_limit:*", "&rate_limit:*"]
-COMMANDS = (
-    "ping hello info role client|setname select evalsha script|load get set del pexpire pttl hgetall "
-    "hkeys hget hset hdel zadd zrange zrangebyscore zrevrangebyscore zrem zremrangebyscore time publish "
-    "subscribe scan".split()
-)
+_COMMANDS = """
+    ping hello info role client|setname select evalsha script|load get set del pexpire pttl hgetall hkeys hget
+    hset hdel zadd zrange zrangebyscore zrevrangebyscore zrem zremrangebyscore time publish subscribe scan
+"""
+COMMANDS = _COMMANDS.split()
 
 
 async def acl_user(client: Any, name: str, commands: list[str]) -> None:
