@@ -1,4 +1,4 @@
-"""What a permit and the counters tell after a decision: the store's answer, in memory and on PostgreSQL."""
+"""What a permit and the counters tell after a decision: the store's answer, on every store."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import ratesync
 pytestmark = pytest.mark.usefixtures("ratesync_registry")
 
 
-@pytest.fixture(params=["memory", "postgres"])
+@pytest.fixture(params=["memory", "postgres", "redis"])
 def store(request: pytest.FixtureRequest) -> str:
     if request.param == "memory":
         ratesync.configure_store("s", "memory")
+    elif request.param == "redis":
+        ratesync.configure_store("s", "redis", url=request.getfixturevalue("ratesync_redis_url"))
     else:
         url = request.getfixturevalue("ratesync_postgres_url")
         ratesync.configure_store("s", "postgres", url=url, auto_create=True)
@@ -36,6 +38,16 @@ async def test_a_limit_without_a_rate_has_no_moment_of_reset(store: str) -> None
     async with ratesync.acquire("slots") as permit:
         assert permit.remaining == 2
         assert permit.reset_after is None
+
+
+async def test_where_both_are_limited_a_permit_counts_units_and_the_state_what_can_be_had(store: str) -> None:
+    """A client is told of units that it may still use, not of the slots of this moment."""
+    ratesync.configure_limiter("both", store, rate_per_second=0.001, burst=10, max_concurrent=2, timeout=0)
+    async with ratesync.acquire("both") as permit:
+        assert permit.remaining == 9
+        assert (await ratesync.get_limiter("both").get_state()).remaining == 1
+    checked = await ratesync.check_limiter("both")
+    assert (checked.limit, checked.remaining) == (10, 8)
 
 
 async def test_after_a_wait_the_reset_is_counted_from_the_grant(store: str) -> None:

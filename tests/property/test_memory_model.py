@@ -174,9 +174,8 @@ class Group:
             seen["full_after"] = ahead / SECOND
             wait = ahead + self.interval - self.burst * self.interval
             seen["retry_after"] = max(0, wait - self.margin if wait > self.margin else 0) / SECOND
-        if self.most:
-            free = max(0, self.most - self.active)
-            seen["available"] = min(seen["available"], free) if self.interval else free
+        else:
+            seen["available"] = max(0, self.most - self.active)
         return seen
 
 

@@ -169,10 +169,7 @@ void MemoryStore::peek(const store::GroupRef& group, store::Callback<store::Peek
       out.full_after = std::max<Nanos>(0, cell.tat - now);
       out.retry_after = limits::deal(params, cell.tat, now, 1, 1, 0).retry_after;
     }
-    if (params.has_concurrency()) {
-      const std::int64_t free = std::max<std::int64_t>(0, params.max_concurrent - cell.active);
-      out.available = params.has_rate() ? std::min(out.available, free) : free;
-    }
+    if (!params.has_rate()) out.available = std::max<std::int64_t>(0, params.max_concurrent - cell.active);
   }
   done(out);
 }
