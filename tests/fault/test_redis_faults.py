@@ -1,23 +1,22 @@
-"""What happens when Redis goes away: nothing hangs beyond its budget, limits hold, it recovers."""
+"""What happens when Redis goes away: nothing hangs beyond its budget, limits hold, and it recovers."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
 import ratesync
 from ratesync.testing import RedisServer, TcpProxy
 
-redis = pytest.importorskip("redis")
-
 BUDGET = 0.25
 # A call may cost its budget, the check's granularity, and what a loaded two-core machine adds.
-AT_MOST = BUDGET + 1.5
-SLOW = 0.001
+AT_MOST = BUDGET + 1.0
+
+pytestmark = pytest.mark.timeout(60)
 
 
 @pytest.fixture
@@ -27,214 +26,268 @@ def server() -> Iterator[RedisServer]:
         ratesync.shutdown()
 
 
-@pytest.fixture
-def proxy(server: RedisServer) -> Iterator[TcpProxy]:
-    with TcpProxy("127.0.0.1", int(server.url.rsplit(":", 1)[1].split("/")[0])) as between:
-        yield between
-        ratesync.shutdown()
+def configure(url: str, *, fail_closed: bool = False, **limiter: object) -> None:
+    ratesync.configure_store(
+        "r", "redis", url=url, socket_timeout=1.0, socket_connect_timeout=1.0, key_prefix="fault"
+    )
+    limiter.setdefault("rate_per_second", 1e6)
+    limiter.setdefault("burst", 1000)
+    ratesync.configure_limiter("api", "r", fail_closed=fail_closed, outage_budget=BUDGET, **limiter)
 
 
-def configure(url: str, *, fail_closed: bool = False, budget: float = BUDGET, **limiter: Any) -> None:
-    ratesync.configure_store("db", "redis", url=url, socket_timeout=1.0, socket_connect_timeout=1.0)
-    ratesync.configure_limiter("api", "db", fail_closed=fail_closed, outage_budget=budget, **limiter)
-
-
-async def timed() -> float:
+async def timed_acquire() -> float:
     start = time.monotonic()
     async with ratesync.acquire("api"):
         pass
     return time.monotonic() - start
 
 
-async def recovers(within: float = 15.0) -> None:
+async def costs_the_budget_at_most(*, fail_closed: bool) -> None:
+    start = time.monotonic()
+    if fail_closed:
+        with pytest.raises(ratesync.RateLimiterAcquisitionError):
+            await timed_acquire()
+    else:
+        before = ratesync.get_limiter("api").get_metrics().passed_open
+        await timed_acquire()
+        assert ratesync.get_limiter("api").get_metrics().passed_open == before + 1
+    assert time.monotonic() - start < AT_MOST
+
+
+async def recovers(within: float = 10.0) -> None:
     """A grant that the server really decided."""
-    metrics = ratesync.get_limiter("api").get_metrics()
     async with asyncio.timeout(within):
         while True:
-            before = metrics.passed_open
+            before = ratesync.get_limiter("api").get_metrics().passed_open
             try:
                 async with ratesync.acquire("api"):
                     pass
             except ratesync.RateLimiterAcquisitionError:
                 await asyncio.sleep(0.02)
                 continue
-            if metrics.passed_open == before:
+            if ratesync.get_limiter("api").get_metrics().passed_open == before:
                 return
             await asyncio.sleep(0.02)
 
 
-async def free(count: int) -> None:
-    async with asyncio.timeout(15):
-        while (await ratesync.get_limiter("api").peek()).in_use != count:
-            await asyncio.sleep(0.02)
+async def slots_come_free(within: float = 15.0) -> None:
+    async with asyncio.timeout(within):
+        while (await ratesync.get_limiter("api").peek()).in_use != 0:
+            await asyncio.sleep(0.05)
 
 
-@pytest.mark.timeout(60)
-async def test_cut_connections_are_replaced(server, proxy):
-    configure(proxy.through(server.url), rate_per_second=1e6, burst=1000)
-    await timed()
+@pytest.mark.parametrize("fail_closed", [False, True])
+async def test_a_killed_server_costs_the_budget_and_comes_back_with_empty_memory(server, fail_closed):
+    configure(server.url, fail_closed=fail_closed)
+    await timed_acquire()
+    server.kill()
     for _ in range(5):
-        proxy.cut()
-        assert await timed() < AT_MOST
+        await costs_the_budget_at_most(fail_closed=fail_closed)
+    server.start()
+    assert server.call("DBSIZE") == 0
+    await recovers()
+    assert server.call("DBSIZE") > 0
+
+
+async def test_the_rate_holds_over_a_restart_with_empty_memory_but_for_one_burst(server):
+    configure(server.url, fail_closed=True, rate_per_second=20.0, burst=10)
+    granted = 0
+    done = False
+
+    async def load() -> None:
+        nonlocal granted
+        while not done:
+            with contextlib.suppress(ratesync.RateLimiterAcquisitionError):
+                async with ratesync.acquire("api", timeout=0.5):
+                    granted += 1
+                continue
+            await asyncio.sleep(0.01)
+
+    start = time.monotonic()
+    tasks = [asyncio.create_task(load()) for _ in range(8)]
+    await asyncio.sleep(0.7)
+    server.restart()
+    await recovers()
+    await asyncio.sleep(0.7)
+    done = True
+    await asyncio.gather(*tasks)
+    elapsed = time.monotonic() - start
+    # What was dealt ahead of the kill is used after it, beside the new burst: 2 bursts and 0.5 s of waiters.
+    assert granted <= 20.0 * (elapsed + 0.5 + 0.01) + 2 * 10 + 1
+    assert granted > 20
+
+
+async def test_slots_held_over_a_restart_count_again(server):
+    configure(
+        server.url, fail_closed=True, rate_per_second=None, burst=1, max_concurrent=2, lease_seconds=3.0
+    )
+    async with ratesync.acquire("api"):
+        server.restart()
+        # Whether the lease is renewed in time or lost, the server's own count never passes the limit.
+        await asyncio.sleep(0.2)
+        holders = 0
+        with contextlib.suppress(ratesync.RateLimiterAcquisitionError):
+            async with asyncio.timeout(5):
+                while not await ratesync.try_acquire("api"):
+                    await asyncio.sleep(0.05)
+                holders += 1
+        assert (await ratesync.get_limiter("api").peek()).in_use <= 2
+        for _ in range(holders):
+            ratesync.get_limiter("api").release()
+    await slots_come_free()
     await recovers()
 
 
-@pytest.mark.timeout(60)
-async def test_a_killed_server_costs_a_budget_and_comes_back(server):
-    configure(server.url, rate_per_second=1e6, burst=1000)
-    await timed()
+async def test_forgotten_scripts_under_load_reach_no_caller(server):
+    configure(server.url, fail_closed=True, max_concurrent=20)
+    done = False
+    grants = 0
+
+    async def load() -> None:
+        nonlocal grants
+        while not done:
+            await timed_acquire()
+            grants += 1
+
+    tasks = [asyncio.create_task(load()) for _ in range(30)]
+    for _ in range(20):
+        await asyncio.sleep(0.02)
+        server.call("SCRIPT", "FLUSH")
+    done = True
+    await asyncio.gather(*tasks)
+    assert grants > 100
+    await slots_come_free()
+
+
+@pytest.mark.parametrize("fail_closed", [False, True])
+@pytest.mark.parametrize("direction", [None, "replies"])
+async def test_a_stalled_socket_costs_the_budget_not_a_hang(server, fail_closed, direction):
+    with TcpProxy("127.0.0.1", server.port) as proxy:
+        configure(proxy.through(server.url), fail_closed=fail_closed)
+        await timed_acquire()
+        proxy.stall(direction)
+        start = time.monotonic()
+        await costs_the_budget_at_most(fail_closed=fail_closed)
+        assert time.monotonic() - start > BUDGET * 0.8
+        for _ in range(3):
+            await costs_the_budget_at_most(fail_closed=fail_closed)
+        proxy.resume()
+        await recovers()
+        ratesync.shutdown()
+
+
+@pytest.mark.parametrize("fail_closed", [False, True])
+async def test_a_paused_server_costs_the_budget_not_a_hang(server, fail_closed):
+    configure(server.url, fail_closed=fail_closed)
+    await timed_acquire()
+    server.pause()
+    for _ in range(6):  # longer than socket_timeout: through sent, lost and connecting
+        await costs_the_budget_at_most(fail_closed=fail_closed)
+        await asyncio.sleep(0.1)
+    server.resume()
+    await recovers()
+
+
+async def test_connections_cut_under_load_heal_the_slot_count(server):
+    with TcpProxy("127.0.0.1", server.port) as proxy:
+        configure(
+            proxy.through(server.url), rate_per_second=None, burst=1, max_concurrent=4, lease_seconds=3.0
+        )
+        await timed_acquire()
+        done = False
+
+        async def load() -> None:
+            while not done:
+                with contextlib.suppress(ratesync.RateLimiterAcquisitionError):
+                    async with ratesync.acquire("api"):
+                        await asyncio.sleep(0)
+
+        tasks = [asyncio.create_task(load()) for _ in range(12)]
+        for turn in range(10):
+            await asyncio.sleep(0.05)
+            # The second half: executed, and the answer is lost.
+            if turn >= 5:
+                proxy.stall("replies")
+                await asyncio.sleep(0.02)
+            proxy.cut()
+            proxy.resume()
+        done = True
+        await asyncio.gather(*tasks)
+        await recovers()
+        # Grants whose answers were cut off must not keep slots for ever.
+        await slots_come_free()
+        ratesync.shutdown()
+
+
+async def test_a_wrong_password_is_named_without_showing_it_and_can_be_put_right():
+    with RedisServer(password="right-one") as server:
+        configure(server.url_for(password="wr0ng-one"), fail_closed=True)
+        with pytest.raises(ratesync.RateLimiterAcquisitionError) as caught:
+            await timed_acquire()
+        assert "password" in str(caught.value)
+        assert "wr0ng-one" not in str(caught.value)
+        server.call("CONFIG", "SET", "requirepass", "wr0ng-one")
+        await recovers()
+        ratesync.shutdown()
+
+
+async def test_a_server_without_room_for_another_client_is_used_when_it_has(server):
+    server.call("CONFIG", "SET", "maxclients", 4)
+    with contextlib.ExitStack() as stack:
+        crowd = [stack.enter_context(server.connect()) for _ in range(4)]
+        configure(server.url, fail_closed=True)
+        start = time.monotonic()
+        # Whether the server's reason arrives before its reset is TCP's choice.
+        with pytest.raises(ratesync.RateLimiterAcquisitionError, match=r"max number of clients|closed|reset"):
+            await timed_acquire()
+        assert time.monotonic() - start < AT_MOST
+        crowd[0].call("CONFIG", "SET", "maxclients", 100)
+    await recovers()
+
+
+@pytest.mark.parametrize("fail_closed", [False, True])
+async def test_a_server_that_becomes_a_replica_and_a_primary_again(server, fail_closed):
+    with RedisServer() as other:
+        configure(server.url, fail_closed=fail_closed)
+        await timed_acquire()
+        server.call("REPLICAOF", other.host, other.port)
+        for _ in range(3):
+            await costs_the_budget_at_most(fail_closed=fail_closed)
+        server.call("REPLICAOF", "NO", "ONE")
+        await recovers()
+
+
+async def test_a_server_out_of_memory_refuses_and_recovers(server):
+    configure(server.url, fail_closed=True)
+    await timed_acquire()
+    server.call("CONFIG", "SET", "maxmemory", 1)
+    start = time.monotonic()
+    with pytest.raises(ratesync.RateLimiterAcquisitionError, match="maxmemory"):
+        await timed_acquire()
+    assert time.monotonic() - start < AT_MOST
+    server.call("CONFIG", "SET", "maxmemory", 0)
+    await recovers()
+
+
+async def test_a_server_that_is_down_at_first_use_is_found_when_it_comes_up(server):
     server.kill()
-    for _ in range(5):
-        assert await timed() < AT_MOST
-    assert ratesync.get_limiter("api").get_metrics().passed_open >= 5
+    configure(server.url, fail_closed=True)
+    await costs_the_budget_at_most(fail_closed=True)
     server.start()
     await recovers()
 
 
-@pytest.mark.timeout(60)
-async def test_a_stalled_server_costs_a_budget_and_comes_back(server):
-    configure(server.url, rate_per_second=1e6, burst=1000)
-    await timed()
-    server.pause()
-    try:
-        waited = await asyncio.gather(*(timed() for _ in range(50)))
-        assert max(waited) < AT_MOST
-    finally:
-        server.resume()
-    await recovers()
-
-
-@pytest.mark.timeout(60)
-async def test_fail_closed_refuses_within_the_budget(server):
-    configure(server.url, fail_closed=True, rate_per_second=1e6)
-    await timed()
-    server.pause()
-    try:
-        begin = time.monotonic()
-        with pytest.raises(ratesync.RateLimiterAcquisitionError):
-            await timed()
-        assert time.monotonic() - begin < AT_MOST
-    finally:
-        server.resume()
-    await recovers()
-
-
-@pytest.mark.timeout(60)
-async def test_a_grant_whose_answer_was_lost_leaks_no_slot(server, proxy):
-    configure(proxy.through(server.url), fail_closed=True, max_concurrent=2, lease_seconds=60)
-    limiter = ratesync.get_limiter("api")
-    async with limiter:
-        for _ in range(3):
-            proxy.stall("replies")
-            with pytest.raises(ratesync.RateLimiterAcquisitionError):
-                await limiter.acquire()
-            proxy.cut()
+async def test_a_partition_longer_than_the_lease_is_seen_by_the_holder(server):
+    with TcpProxy("127.0.0.1", server.port) as proxy:
+        configure(
+            proxy.through(server.url), rate_per_second=None, burst=1, max_concurrent=1, lease_seconds=1.0
+        )
+        async with ratesync.acquire("api") as permit:
+            assert not permit.lost
+            proxy.stall()
+            async with asyncio.timeout(10):
+                while not permit.lost:
+                    await asyncio.sleep(0.05)
             proxy.resume()
-            # The lost grant held a slot until the next statement said how many there are.
-            await free(1)
-    await free(0)
-
-
-@pytest.mark.timeout(60)
-async def test_a_release_whose_answer_was_lost_is_said_again(server, proxy):
-    configure(proxy.through(server.url), fail_closed=True, max_concurrent=1, lease_seconds=60)
-    async with ratesync.acquire("api"):
-        proxy.stall("requests")
-    await asyncio.sleep(0.05)
-    proxy.cut()
-    proxy.resume()
-    await free(0)
-
-
-@pytest.mark.timeout(60)
-async def test_a_server_that_lost_its_memory_reports_lost_leases(server):
-    configure(server.url, fail_closed=True, max_concurrent=2, lease_seconds=1)
-    limiter = ratesync.get_limiter("api")
-    with redis.Redis.from_url(server.url) as witness:
-        async with limiter.acquire_context() as first:
-            server.kill()
-            server.start()
-            assert witness.dbsize() == 0
-            async with asyncio.timeout(15):
-                while not first.lost:
-                    await asyncio.sleep(0.01)
-            # Nobody is taken for a holder twice: the limit is what it was.
-            granted = [await limiter.try_acquire(timeout=2) for _ in range(2)]
-            assert granted == [True, True]
-            assert not await limiter.try_acquire()
-        assert (await limiter.peek()).in_use == 2
-
-
-@pytest.mark.timeout(60)
-async def test_the_limit_holds_over_cut_connections(server, proxy):
-    configure(proxy.through(server.url), fail_closed=True, budget=5, rate_per_second=SLOW, burst=200)
-    granted = 0
-    done = asyncio.Event()
-
-    async def load() -> None:
-        nonlocal granted
-        while not done.is_set():
-            try:
-                if not await ratesync.try_acquire("api"):
-                    return
-            except ratesync.RateLimiterAcquisitionError:
-                continue
-            granted += 1
-            await asyncio.sleep(0)
-
-    tasks = [asyncio.create_task(load()) for _ in range(10)]
-    for _ in range(10):
-        await asyncio.sleep(0.01)
-        proxy.cut()
-    async with asyncio.timeout(30):
-        await asyncio.gather(*tasks)
-    # A grant whose answer was lost is charged and never used: fewer, never more.
-    assert granted <= 200
-
-
-@pytest.mark.timeout(60)
-async def test_waiters_survive_an_outage(server):
-    configure(server.url, fail_closed=True, budget=5, max_concurrent=1, lease_seconds=60)
-    limiter = ratesync.get_limiter("api")
-    async with limiter:
-        waiters = [asyncio.create_task(timed()) for _ in range(5)]
-        await asyncio.sleep(0.2)
-        with redis.Redis.from_url(server.url) as witness:
-            witness.client_kill_filter(_type="pubsub")
-            witness.client_kill_filter(_type="normal", skipme=True)
-        await asyncio.sleep(0.1)
-    results = await asyncio.gather(*waiters, return_exceptions=True)
-    assert [result for result in results if isinstance(result, BaseException)] == []
-    await free(0)
-
-
-@pytest.mark.timeout(60)
-async def test_cancelling_during_an_outage_leaves_nothing(server):
-    configure(server.url, fail_closed=True, budget=10, max_concurrent=3, lease_seconds=60)
-    await timed()
-    server.pause()
-    try:
-        tasks = [asyncio.create_task(timed()) for _ in range(200)]
-        await asyncio.sleep(0.05)
-        for task in tasks[::2]:
-            task.cancel()
-        for task in reversed(tasks[1::2]):
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-    finally:
-        server.resume()
-    await recovers()
-    await free(0)
-
-
-@pytest.mark.timeout(60)
-async def test_closing_while_the_server_hangs_does_not_hang(server):
-    configure(server.url, max_concurrent=3)
-    async with ratesync.acquire("api"):
-        server.pause()
-        begin = time.monotonic()
-        try:
-            await asyncio.to_thread(ratesync.shutdown)
-        finally:
-            server.resume()
-        assert time.monotonic() - begin < 10
+        await recovers()
+        ratesync.shutdown()
