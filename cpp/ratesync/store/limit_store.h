@@ -136,11 +136,8 @@ class LimitStore {
   virtual bool abandon(AcquireOp* op) = 0;
   // The same for several limits of this store in one round trip. A store that cannot decide them in one
   // atomic step (Redis Cluster: slots differ) answers Code::invalid and says the cure.
-  virtual void acquire_all(AcquireAllOp* op) {
-    op->status = Status::make(Code::invalid, "this store cannot decide several limits at once");
-    op->done();
-  }
-  virtual bool abandon(AcquireAllOp*) { return false; }
+  virtual void acquire_all(AcquireAllOp* op) = 0;
+  virtual bool abandon(AcquireAllOp* op) = 0;
   // Gives one slot back. Never fails for the caller: a store that is down learns it later, with
   // the next statement of the group or by expiry.
   virtual void release(const GroupRef& group, HolderId holder) = 0;
