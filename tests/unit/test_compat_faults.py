@@ -83,7 +83,9 @@ async def test_cancelled_acquires_leak_no_slot() -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
     for permit in held:
         permit.release()
-    assert (await get_limiter("slots").peek()).in_use == 0
+    async with asyncio.timeout(10):  # a slot that met a cancellation on its way is given back behind it
+        while (await get_limiter("slots").peek()).in_use:
+            await asyncio.sleep(0)
 
 
 async def test_more_releases_than_acquires_add_no_slot() -> None:
