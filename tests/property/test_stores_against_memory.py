@@ -1,4 +1,4 @@
-"""PostgreSQL decides as the memory store does: random histories on both, compared at every step.
+"""Every store decides as the memory store does: random histories on both, compared at every step.
 
 The rates are so slow (one unit in about a day) that the time a test takes cannot matter; what is
 compared is the arithmetic and the bookkeeping. Waiting is covered by acquisitions that have to wait
@@ -8,16 +8,21 @@ and are cancelled: afterwards both stores have to be where they were.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import ratesync
+from ratesync._schemas import ALGORITHMS
 
 INTERVAL = 100_000.0  # seconds per unit
+WINDOW = 10 * INTERVAL
 
 KEYS = st.sampled_from([None, "a", "b:c", "b\\"])
+ALGORITHM = st.sampled_from(ALGORITHMS)
 STEPS = st.one_of(
     st.tuples(st.just("try"), st.integers(1, 4), KEYS),
     st.tuples(st.just("try_slot"), st.integers(1, 2), KEYS),
@@ -29,16 +34,25 @@ STEPS = st.one_of(
 )
 
 
+HISTORIES = settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.explicit, Phase.generate, Phase.shrink],
+)
+
+
 class Side:
     """One store, with what this test holds of it."""
 
-    def __init__(self, store: str, burst: int, slots: int) -> None:
+    def __init__(self, store: str, algorithm: str, units: int, slots: int) -> None:
         self.rate = f"{store}-rate"
         self.both = f"{store}-both"
-        ratesync.configure_limiter(self.rate, store, rate_per_second=1 / INTERVAL, burst=burst)
-        ratesync.configure_limiter(
-            self.both, store, rate_per_second=1 / INTERVAL, burst=burst, max_concurrent=slots
-        )
+        rate: dict[str, Any] = {"rate_per_second": 1 / INTERVAL, "burst": units}
+        if algorithm != "token_bucket":
+            rate = {"algorithm": algorithm, "limit": units, "window_seconds": WINDOW}
+        ratesync.configure_limiter(self.rate, store, **rate)
+        ratesync.configure_limiter(self.both, store, max_concurrent=slots, **rate)
         self.held: dict[str | None, list[ratesync.Permit]] = {}
         self.settled: ratesync.Permit | None = None
 
@@ -99,35 +113,46 @@ class Side:
         )
 
 
+async def compare(store: str, algorithm: str, units: int, slots: int, steps: Sequence[Any]) -> None:
+    """The store, which is configured under that name, against the memory store."""
+    ratesync.configure_store("mem", strategy="memory")
+    sides = [Side("mem", algorithm, units, slots), Side(store, algorithm, units, slots)]
+    for side in sides:
+        for key in (None, "a", "b:c", "b\\"):
+            await ratesync.get_limiter(side.rate).reset(key)
+            await ratesync.get_limiter(side.both).reset(key)
+    for kind, number, key in steps:
+        memory, other = [await side.step(kind, number, key, units) for side in sides]
+        assert memory == other, (kind, number, key)
+        async with asyncio.timeout(5):
+            # Releases and refunds of a remote store arrive a moment later.
+            while (seen := [await side.state(key) for side in sides])[0] != seen[1]:
+                await asyncio.sleep(0.01)
+    for side in sides:
+        for permits in side.held.values():
+            for permit in permits:
+                permit.release()
+
+
 @pytest.mark.timeout(240)
-@settings(
-    max_examples=60,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-    phases=[Phase.explicit, Phase.generate, Phase.shrink],
-)
-@given(st.integers(1, 5), st.integers(1, 3), st.lists(STEPS, max_size=14))
-def test_postgres_decides_as_memory_does(ratesync_postgres_url, burst, slots, steps):
+@HISTORIES
+@given(ALGORITHM, st.integers(1, 5), st.integers(1, 3), st.lists(STEPS, max_size=14))
+def test_postgres_decides_as_memory_does(ratesync_postgres_url, algorithm, units, slots, steps):
     async def main() -> None:
         ratesync.configure_store(
             "db", strategy="postgres", url=ratesync_postgres_url, auto_create=True, timing_margin_ms=0
         )
-        ratesync.configure_store("mem", strategy="memory")
-        sides = [Side("mem", burst, slots), Side("db", burst, slots)]
-        for side in sides:
-            for key in (None, "a", "b:c", "b\\"):
-                await ratesync.get_limiter(side.rate).reset(key)
-                await ratesync.get_limiter(side.both).reset(key)
-        for kind, number, key in steps:
-            memory, postgres = [await side.step(kind, number, key, burst) for side in sides]
-            assert memory == postgres, (kind, number, key)
-            async with asyncio.timeout(5):
-                # Releases and refunds of a remote store arrive a moment later.
-                while (seen := [await side.state(key) for side in sides])[0] != seen[1]:
-                    await asyncio.sleep(0.01)
-        for side in sides:
-            for permits in side.held.values():
-                for permit in permits:
-                    permit.release()
+        await compare("db", algorithm, units, slots, steps)
+
+    asyncio.run(main())
+
+
+@pytest.mark.timeout(240)
+@HISTORIES
+@given(ALGORITHM, st.integers(1, 5), st.integers(1, 3), st.lists(STEPS, max_size=14))
+def test_redis_decides_as_memory_does(ratesync_redis_url, algorithm, units, slots, steps):
+    async def main() -> None:
+        ratesync.configure_store("db", strategy="redis", url=ratesync_redis_url, timing_margin_ms=0)
+        await compare("db", algorithm, units, slots, steps)
 
     asyncio.run(main())
