@@ -183,3 +183,64 @@ TEST(PostgresFault, ALockHeldByAnotherSessionDelaysButTheClockIsReadAfterTheWait
   EXPECT_EQ(request.reply.wait, 0) << "0.3 s after the last grant a tenth of a second has passed";
   connection->close();
 }
+
+TEST(PostgresFault, ALockedRowDoesNotStallTheOtherGroupsOfItsLane) {
+  Schema schema;
+  Process p(schema, [](PostgresOptions& options) { options.lanes = 1; });
+  limits::Params window;
+  window.algorithm = limits::Algorithm::sliding_window;
+  window.limit = 100;
+  window.window = kSecond;
+  for (const std::string kind : {"rate", "slots", "window"}) {
+    const auto make = [&](const std::string& id) {
+      return kind == "rate"    ? make_group(id, 1000, 100)
+             : kind == "slots" ? make_group(id, 0, 1, 100)
+                               : std::make_shared<const store::Group>(store::Group{id, window});
+    };
+    const auto locked = make("locked " + kind), other = make("other " + kind);
+    ASSERT_EQ(p.acquire(locked).verdict, Verdict::granted);
+    const std::string name = "locker_" + kind;
+    Witness witness;
+    // A session that keeps the row until it is told to go: an advisory lock says when.
+    witness.ask("SELECT pg_advisory_lock(77)");
+    const Statement lock{
+        "", "SELECT 1 FROM " + schema.table() + " WHERE group_id = 'locked " + kind + "' FOR UPDATE"},
+        wait{"", "SELECT pg_advisory_xact_lock(77)"};
+    auto locker = Connection::create(p.io, parse_conninfo(url_of({})).value(), {});
+    std::optional<Status> up;
+    locker->connect([&](Status s) { up = std::move(s); });
+    ASSERT_TRUE(p.until([&] { return up.has_value(); }));
+    std::optional<PipelineResult> over;
+    locker->run({{&lock, {}}, {&wait, {}}}, [&](PipelineResult r) { over = std::move(r); });
+    ASSERT_TRUE(p.until([&] {
+      return witness.value("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted") ==
+             "1";
+    }));
+    std::vector<Request> stuck(3);
+    for (Request& request : stuck) {
+      request.group = locked;
+      p.store->limits()->acquire(&request);
+    }
+    // More of the same while the trip hangs, and one that is taken back.
+    ASSERT_TRUE(p.until([&] {
+      return witness.value(
+                 "SELECT count(*) > 0 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND wait_event <> "
+                 "'advisory'") == "t";
+    }));
+    Request later, gone;
+    later.group = gone.group = locked;
+    p.store->limits()->acquire(&later);
+    p.store->limits()->acquire(&gone);
+    EXPECT_EQ(p.acquire(other).verdict, Verdict::granted) << kind;
+    EXPECT_FALSE(stuck[0].answered || later.answered) << kind;
+    EXPECT_TRUE(p.store->limits()->abandon(&gone)) << kind;
+    witness.ask("SELECT pg_advisory_unlock(77)");
+    ASSERT_TRUE(p.until([&] { return later.answered && stuck[2].answered && over.has_value(); })) << kind;
+    EXPECT_TRUE(later.granted() && stuck[0].granted() && stuck[2].granted()) << kind;
+    EXPECT_FALSE(gone.answered);
+    if (kind == "slots") {
+      EXPECT_EQ(p.peek(locked).in_use, 5);
+    }
+    locker->close();
+  }
+}

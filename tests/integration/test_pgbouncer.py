@@ -230,3 +230,35 @@ async def test_a_serializable_database_behind_the_pooler_keeps_the_limits(pooled
 
     await asyncio.gather(*(worker() for _ in range(20)))
     assert (most, granted) == (3, 10)
+
+
+async def test_waiters_behind_the_pooler_poll_and_doctor_says_listen_url(pooled_url):
+    configure(pooled_url, max_concurrent=1)
+    findings = {f["subject"]: f["message"] for f in await ratesync.get_store("db").doctor()}
+    assert "listen_url" in findings["listen"]
+
+
+async def test_listen_url_wakes_waiters_past_the_pooler(pooled_url, ratesync_postgres_url, ratesync_asyncpg):
+    ratesync.configure_store(
+        "db", "postgres", url=pooled_url, auto_create=True, listen_url=ratesync_postgres_url
+    )
+    assert "listen" not in {f["subject"] for f in await ratesync.get_store("db").doctor()}
+    holder = ratesync.PostgresRateLimiter(
+        group_id="jobs", connection_url=pooled_url, max_concurrent=1, auto_create=True
+    )
+    await holder.initialize()
+    ratesync.configure_limiter("jobs", "db", max_concurrent=1, fail_closed=True)
+    await holder.acquire()
+
+    async def wait() -> None:
+        async with ratesync.acquire("jobs", timeout=30):
+            pass
+
+    waiter = asyncio.create_task(wait())
+    async with asyncio.timeout(20):
+        while not await ratesync_asyncpg.fetchval(
+            "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'LISTEN%ratesync_freed%'"
+        ):
+            await asyncio.sleep(0.01)
+    await holder.release()
+    await asyncio.wait_for(waiter, 20)

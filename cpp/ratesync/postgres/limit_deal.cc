@@ -41,6 +41,7 @@ void PgLimitStore::begin_trip(Lane& lane, OpBatcher::Batch batch, PgPool::Lease 
                               unsigned in_a_row) {
   auto trip = std::make_shared<Trip>(lane, std::move(batch), std::move(connection));
   trip->trips_in_a_row = in_a_row;
+  lane.trip = trip;
   trip->pending.reserve(trip->batch.ops.size());
   for (QueuedOp& op : trip->batch.ops) {
     if (op.acquire || op.all) tickets_.erase(op.all ? static_cast<const void*>(op.all) : op.acquire);
@@ -473,6 +474,7 @@ void PgLimitStore::land(const TripPtr& trip) {
   --trips_;
   if (trip->connection) backend_.pool().put(std::exchange(trip->connection, nullptr));
   pump(lane);
+  back_from(lane);  // `lane` may be gone after this
   maybe_closed();
 }
 

@@ -190,9 +190,11 @@ void PgLimitStore::close(Nanos patience, std::function<void()> done) {
   const Status closed = Status::make(Code::closed, "the store was closed");
   for (const auto& lane : lanes_)
     for (QueuedOp& op : lane->batcher.close()) {
-      tickets_.erase(op.acquire);
+      tickets_.erase(op.all ? static_cast<const void*>(op.all) : op.acquire);
       fail(op, closed);
     }
+  for (const auto& lane : retired_)
+    for (QueuedOp& op : std::exchange(lane->held, {})) fail(op, closed);
   maybe_closed();
 }
 

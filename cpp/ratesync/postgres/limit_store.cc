@@ -178,11 +178,13 @@ void PgLimitStore::fail(QueuedOp& op, const Status& status) {
 void PgLimitStore::push(QueuedOp op) {
   if (op.group)
     if (Status bad = check_group(op.group->id); !bad.ok()) return fail(op, bad);
+  if (!retired_.empty() && held_back(op)) return;
   Lane& lane = lane_of(op);
   const void* const acquire = op.all ? static_cast<const void*>(op.all) : op.acquire;
   const Result<batch::Ticket> ticket = lane.batcher.push(std::move(op), 0);
   if (!ticket.ok()) return fail(op, ticket.status());  // refused: op is still ours
   if (acquire) tickets_[acquire] = ticket.value();
+  if (lane.busy) return watch_later();
   pump(lane);
 }
 
@@ -194,7 +196,7 @@ void PgLimitStore::acquire(AcquireOp* op) {
 
 bool PgLimitStore::abandon(AcquireOp* op) {
   const auto found = tickets_.find(op);
-  if (found == tickets_.end()) return false;
+  if (found == tickets_.end()) return take_back(op);
   const bool ours = lane_of(op->group).batcher.cancel(found->second).has_value();
   tickets_.erase(found);
   return ours;
@@ -214,7 +216,7 @@ void PgLimitStore::acquire_all(store::AcquireAllOp* op) {
 
 bool PgLimitStore::abandon(store::AcquireAllOp* op) {
   const auto found = tickets_.find(op);
-  if (found == tickets_.end()) return false;
+  if (found == tickets_.end()) return take_back(op);
   QueuedOp queued;
   queued.all = op;
   const bool ours = lane_of(queued).batcher.cancel(found->second).has_value();

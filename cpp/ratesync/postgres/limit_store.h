@@ -13,6 +13,7 @@
 #include <random>
 #include <string>
 #include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 #include "ratesync/base/clock.h"
@@ -95,6 +96,7 @@ class PgLimitStore final : public store::LimitStore {
   // Several limits at once have lanes of their own too, and hold their slots under ids of their own: two
   // statements under way never speak of the same lease.
   enum class Kind : std::uint8_t { rates, slots, windows, together, together_slots };
+  struct Trip;
   struct Lane {
     Lane(const batch::BatcherOptions& options, Kind its_kind) : batcher(options), kind(its_kind) {}
     [[nodiscard]] bool slots() const { return kind == Kind::slots || kind == Kind::together_slots; }
@@ -102,8 +104,12 @@ class PgLimitStore final : public store::LimitStore {
     OpBatcher batcher;
     const Kind kind;
     bool busy = false;  // a trip is under way or waits for its connection
+    std::weak_ptr<Trip> trip;
+    // Once retired (limit_detour.cc):
+    std::size_t place = 0;
+    std::unordered_set<std::string> aboard;  // groups of the trip that does not come back
+    std::vector<QueuedOp> held;              // operations of those groups, in order
   };
-  struct Trip;
   using TripPtr = std::shared_ptr<Trip>;
 
   Lane& lane_of(const store::GroupRef& group);
@@ -112,6 +118,12 @@ class PgLimitStore final : public store::LimitStore {
   Holders& holders_of(const Holding& holding);
   void push(QueuedOp op);
   void fail(QueuedOp& op, const Status& status);
+  void watch_later();
+  void watch();
+  void retire(std::size_t place);
+  bool held_back(QueuedOp& op);
+  bool take_back(const void* op);
+  void back_from(Lane& lane);
   void pump(Lane& lane);
   void take_off(Lane& lane, Result<PgPool::Lease> connection);
   void fail_queued(Lane& lane, const Status& status);
@@ -161,7 +173,9 @@ class PgLimitStore final : public store::LimitStore {
   const Clock& clock_;
   LimitBackend& backend_;
   const LimitStoreOptions options_;
-  std::vector<std::unique_ptr<Lane>> lanes_;                // by kind
+  std::vector<std::unique_ptr<Lane>> lanes_;  // by kind
+  std::vector<std::unique_ptr<Lane>> retired_;
+  bool watching_ = false;
   std::unordered_map<const void*, batch::Ticket> tickets_;  // of AcquireOp and AcquireAllOp
   Holders holders_;
   Holders holders_together_;
