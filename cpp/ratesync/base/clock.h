@@ -22,20 +22,30 @@ class Clock {
  public:
   static constexpr Nanos kManualStart = 1'000 * kSecond;
 
-  explicit Clock(bool manual = false) : manual_(manual) {}
+  explicit Clock(bool manual = false) : manual_(manual), wall_offset_(manual ? 0 : measure()) {}
 
   [[nodiscard]] bool manual() const { return manual_; }
   [[nodiscard]] Nanos now() const {
     if (manual_) return hand_.load(std::memory_order_acquire);
-    timespec ts;
-    clock_gettime(CLOCK_MONOTONIC, &ts);
-    return static_cast<Nanos>(ts.tv_sec) * kSecond + ts.tv_nsec;
+    return read(CLOCK_MONOTONIC);
   }
+  // now() since the Unix epoch, for windows that follow the calendar. The distance is taken once, at the
+  // start: later corrections of the system's clock neither stretch nor shorten a window. A manual clock
+  // counts its own time from the epoch.
+  [[nodiscard]] Nanos wall(Nanos now) const { return now + wall_offset_; }
   // Manual clocks only: move time forward.
   void advance(Nanos by) { hand_.fetch_add(by, std::memory_order_acq_rel); }
 
  private:
+  static Nanos read(clockid_t id) {
+    timespec ts;
+    clock_gettime(id, &ts);
+    return static_cast<Nanos>(ts.tv_sec) * kSecond + ts.tv_nsec;
+  }
+  static Nanos measure() { return read(CLOCK_REALTIME) - read(CLOCK_MONOTONIC); }
+
   const bool manual_;
+  const Nanos wall_offset_;
   std::atomic<Nanos> hand_{kManualStart};
 };
 

@@ -16,9 +16,16 @@
 
 #include "ratesync/base/spin_lock.h"
 #include "ratesync/limits/gcra.h"
+#include "ratesync/limits/window.h"
 #include "ratesync/store/store.h"
 
 namespace ratesync::memory {
+
+// Of a group with a window, beside the cell so that token buckets stay small.
+struct CellWindow {
+  limits::WindowState state;  // on the wall clock
+  Nanos busy_until = 0;       // on the engine's clock: nothing of it counts from then on
+};
 
 struct Cell {
   Nanos tat = 0;
@@ -29,6 +36,11 @@ struct Cell {
   // Slots are held under this number; a reset changes it, so that a slot from before, released
   // after, does not free one that somebody else holds by then.
   store::HolderId epoch = 1;
+  std::unique_ptr<CellWindow> window;  // null: never used
+
+  [[nodiscard]] bool idle(Nanos now) const {
+    return tat <= now && active == 0 && waiters == 0 && pins == 0 && (!window || window->busy_until <= now);
+  }
 };
 
 struct Shard {
@@ -130,11 +142,25 @@ class MemoryStore final : public store::Store, public store::LimitStore {
  private:
   static constexpr std::size_t kShards = 16;
 
-  static QuickReply decide_now(Cell& cell, const store::Group& group, std::int64_t cost, Nanos now);
+  // All of these with shard.mutex held.
+  QuickReply decide_now(Cell& cell, const store::Group& group, std::int64_t cost, Nanos now);
+  QuickReply decide_window(Cell& cell, const store::Group& group, std::int64_t cost);
+  store::AcquireReply decide(Cell& cell, const store::Group& group, std::int64_t cost, Nanos now,
+                             Nanos max_wait) const;
+  void take_units(Cell& cell, const store::Group& group, std::int64_t cost, Nanos now, Nanos max_wait,
+                  store::AcquireReply* reply) const;
+  void take_window(Cell& cell, const store::Group& group, std::int64_t cost, Nanos now, Nanos max_wait,
+                   store::AcquireReply* reply) const;
+  [[nodiscard]] store::AcquireReply refusal(const Cell& cell, const store::Group& group, std::int64_t cost,
+                                            Nanos now, bool overtakes) const;
+  [[nodiscard]] store::Peek peek_cell(const Cell& cell, const store::Group& group, Nanos now) const;
+  CellWindow& window_of(Cell& cell, const limits::Params& params, Nanos now) const;
+  void touch(CellWindow& window, const limits::Params& params, Nanos now) const;
+  Cell& cell_of(Shard& shard, std::string_view group);
+
   bool decide_all(const std::vector<store::Part>& parts, bool overtakes,
                   std::vector<store::AcquireReply>* replies);
   Shard& shard_of(std::string_view group) { return shards_[std::hash<std::string_view>{}(group) % kShards]; }
-  Cell& cell_of(Shard& shard, std::string_view group);  // shard.mutex held
 
   const Clock& clock_;
   std::array<Shard, kShards> shards_;
@@ -144,9 +170,11 @@ class MemoryStore final : public store::Store, public store::LimitStore {
 inline QuickReply MemoryStore::decide_now(Cell& cell, const store::Group& group, std::int64_t cost,
                                           Nanos now) {
   const limits::Params& params = group.params;
+  if (params.is_window()) [[unlikely]]
+    return decide_window(cell, group, cost);
   if (params.has_concurrency() && (cell.active >= params.max_concurrent || cell.waiters > 0))
     return {Quick::refused, store::Verdict::concurrency_full, 0, now, 0};
-  if (params.has_rate()) {
+  if (params.rate_per_second > 0) {
     const Nanos wait = limits::take_now(params, group.pace, &cell.tat, now, cost);
     if (wait > 0) return {Quick::refused, store::Verdict::rate_limited, wait, now, 0};
   }
