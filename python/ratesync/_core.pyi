@@ -55,8 +55,11 @@ class Limiter:
         store: Store,
         group_id: str,
         *,
+        algorithm: str = "token_bucket",
         rate_per_second: float | None = None,
         burst: int = 1,
+        limit: int | None = None,
+        window_seconds: float | None = None,
         max_concurrent: int | None = None,
         timeout: float | None = None,
         fail_closed: bool = False,
@@ -73,7 +76,7 @@ class Limiter:
     def _release_bare(self) -> bool: ...
     def _peek(
         self, key: str | None
-    ) -> Pending[dict[str, Any]]: ...  # available, in_use, retry_after, full_after
+    ) -> Pending[dict[str, Any]]: ...  # available, in_use, retry_after, full_after, used
     def _reset(self, key: str | None) -> Pending[None]: ...
     def _adopt(self, fresh: Limiter, /) -> None: ...  # stand on its store from now on
     def _forget(self) -> None: ...  # reset at once, on the memory store, while nobody uses the group

@@ -36,7 +36,7 @@ def _meta(expected: str, **bounds: Any) -> Meta:
 Rate = Annotated[float, _meta("a finite number, 0 < rate <= 1e9", gt=0, le=1e9)]
 Count = Annotated[int, _meta("an integer from 1 to 1000000000", ge=1, le=1_000_000_000)]
 Seconds = Annotated[float, _meta("a finite number of seconds >= 0", ge=0)]
-Window = Annotated[float, _meta("a finite number of seconds > 0", gt=0)]
+WindowSeconds = Annotated[float, _meta("seconds from 0.001 to 31622400", ge=0.001, le=366 * 86400)]
 LeaseSeconds = Annotated[float, _meta("seconds from 1 to 86400", ge=1, le=86400)]
 BudgetSeconds = Annotated[float, _meta("seconds from 0 to 60", ge=0, le=60)]
 TimeoutSeconds = Annotated[float, _meta("seconds, 0 < value <= 86400", gt=0, le=86400)]
@@ -49,6 +49,7 @@ KeyPart = Annotated[
 ]
 SqlName = Annotated[str, _meta("a name of 1 to 63 bytes without NUL", min_length=1)]
 Switch = Literal["auto", "on", "off"]
+Algorithm = Literal["token_bucket", "sliding_window", "sliding_counter", "fixed_window"]
 
 
 class StoreOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -132,21 +133,21 @@ class LimiterOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     #: Id of the store that keeps the state.
     store: str = "memory"
-    #: How grants are spaced.
-    algorithm: str = "token_bucket"
-    #: Grants per second over all processes, in the long run. None: no rate limit.
+    #: How grants are counted: a bucket by rate_per_second, or a window by limit and window_seconds.
+    algorithm: Algorithm = "token_bucket"
+    #: token_bucket: grants per second over all processes, in the long run. None: no rate limit.
     rate_per_second: Rate | None = None
     #: Slots held at the same time over all processes. None: no concurrency limit.
     max_concurrent: Count | None = None
-    #: For window algorithms; without effect on token_bucket.
+    #: Windows: grants per window over all processes. Without effect on token_bucket.
     limit: Count | None = None
-    #: For window algorithms; without effect on token_bucket.
-    window_seconds: Window | None = None
+    #: Windows: their length, to the microsecond. Without effect on token_bucket.
+    window_seconds: WindowSeconds | None = None
     #: Default of acquire(): seconds to wait at most, 0 tries once, None waits as long as it takes.
     timeout: Seconds | None = None
     #: True: an outage of the store is a RateLimiterAcquisitionError. False: it lets the call pass.
     fail_closed: bool = False
-    #: Grants that may come at once after idling. 1: even spacing.
+    #: token_bucket: grants that may come at once after idling. 1: even spacing.
     burst: Count = 1
     #: Seconds that a call may lose to a store that does not answer, before fail_closed decides.
     outage_budget: BudgetSeconds = 0.25
@@ -155,13 +156,17 @@ class LimiterOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     #: Ends the renewal of a slot held longer than this: seconds, None never.
     max_hold_seconds: TimeoutSeconds | None = None
 
+    @property
+    def is_window(self) -> bool:
+        return self.algorithm != "token_bucket"
+
 
 ENGINES: dict[str, type[StoreOptions]] = {
     "memory": MemoryOptions,
     "postgres": PostgresOptions,
     "redis": RedisOptions,
 }
-ALGORITHMS = ("token_bucket",)
+ALGORITHMS: tuple[str, ...] = typing.get_args(Algorithm)
 SECRETS = frozenset({"url", "password", "listen_url"})
 
 S = TypeVar("S", bound=Struct)
@@ -226,12 +231,37 @@ def _check(hint: Any, value: object, where: str, key: str) -> object:
     try:
         checked: object = msgspec.convert(converted, hint, strict=True)
     except msgspec.ValidationError:
-        fail(where, key, "is not valid", expected, describe(key, value))
+        fail(where, key, _problem(hint, converted), expected, describe(key, value))
     if isinstance(checked, str):
         _check_text(checked, where, key)
         if hint is SqlName and len(checked.encode()) > 63:
             fail(where, key, "is too long", expected, f"{len(checked.encode())} bytes")
     return checked
+
+
+def _problem(hint: Any, value: object) -> str:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0:
+        bounds = [meta for meta in _metas(hint) if meta.gt == 0 or (meta.ge or 0) > 0]
+        return "must be > 0" if bounds else "is not valid"
+    choices = _choices(hint)
+    return f"is not valid{nearest(value, choices)}" if choices and isinstance(value, str) else "is not valid"
+
+
+def _inner(hint: Any) -> Any:
+    """The hint without `| None`."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return next(member for member in typing.get_args(hint) if member is not type(None))
+    return hint
+
+
+def _metas(hint: Any) -> tuple[Meta, ...]:
+    inner = _inner(hint)
+    return typing.get_args(inner)[1:] if typing.get_origin(inner) is Annotated else ()
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    inner = _inner(hint)
+    return typing.get_args(inner) if typing.get_origin(inner) is Literal else ()
 
 
 def _takes_text(hint: Any) -> bool:
@@ -240,10 +270,8 @@ def _takes_text(hint: Any) -> bool:
 
 def _unfold(hint: Any) -> tuple[Any, bool, str]:
     """The plain type of a field, whether None is allowed, and the words for what is expected."""
-    optional = False
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        members = [member for member in typing.get_args(hint) if member is not type(None)]
-        optional, hint = True, members[0]
+    optional = _inner(hint) is not hint
+    hint = _inner(hint)
     if typing.get_origin(hint) is Annotated:
         base, *metas = typing.get_args(hint)
         return base, optional, next(str(meta.extra["expected"]) for meta in metas if meta.extra)
@@ -377,19 +405,19 @@ def _check_postgres_url(url: str, where: str, field: str = "url") -> None:
 def build_limiter(raw: Mapping[str, object], where: str) -> LimiterOptions:
     """The options of a limiter; rules between fields included."""
     options = build(LimiterOptions, raw, where)
-    if options.algorithm not in ALGORITHMS:
+    windows = options.limit is not None, options.window_seconds is not None
+    if options.is_window and not all(windows):
         fail(
             where,
-            "algorithm",
-            f"is not an algorithm of this version{nearest(options.algorithm, ALGORITHMS)}",
-            f"one of {', '.join(repr(name) for name in ALGORITHMS)}",
-            describe("algorithm", options.algorithm),
+            "window_seconds" if windows[0] else "limit",
+            f"is missing: {options.algorithm} needs both limit and window_seconds",
         )
-    if options.rate_per_second is None and options.max_concurrent is None:
+    if not options.is_window and options.rate_per_second is None and options.max_concurrent is None:
+        cure = "; limit and window_seconds are for algorithm = 'sliding_window'" if any(windows) else ""
         fail(
             where,
             "rate_per_second",
-            "and max_concurrent are both missing: token_bucket needs one of them, or both",
+            f"and max_concurrent are both missing: token_bucket needs one of them, or both{cure}",
         )
     check_id("store", options.store, where)
     return options

@@ -6,6 +6,8 @@ return a `Pending`: `await` it in asyncio, `.wait()` for it in a plain thread.
 
 Rates are kept by the Generic Cell Rate Algorithm (ITU-T I.371 annex A), a token bucket that needs one
 number of state: over any interval T at most `rate * (T + margin) + burst` grants, over all processes.
+Windows count instead: at most `limit` units in any `window_seconds` (`sliding_window`), in each calendar
+window (`fixed_window`), or by an estimate between the two (`sliding_counter`).
 """
 
 from __future__ import annotations
@@ -40,11 +42,12 @@ class LimiterState:
     Attributes:
         allowed: whether an acquisition of cost 1 would be granted without waiting.
         remaining: how many such acquisitions would be.
-        reset_at: epoch seconds, rounded up, at which the whole burst is available again.
-        current_usage: units of the burst that are used up, or slots held, whichever is more.
+        reset_at: epoch seconds, rounded up, at which the whole burst or window is available again; of a
+            window of which nothing is used, one window from now.
+        current_usage: units of the burst or window that are used up, or slots held, whichever is more.
         retry_after: seconds until one unit could be had; 0 when `allowed`.
         in_use: concurrency slots held now, in all processes.
-        reset_after: seconds until the whole burst is available again; 0 when it is.
+        reset_after: seconds until the whole burst or window is available again; 0 when it is.
     """
 
     allowed: bool
@@ -195,6 +198,9 @@ class RateLimiterMetrics:
 def core_parameters(store: Store, options: LimiterOptions) -> dict[str, Any]:
     """What the compiled Limiter is given, besides its store and its name."""
     return {
+        "algorithm": options.algorithm,
+        "limit": options.limit,
+        "window_seconds": options.window_seconds,
         "rate_per_second": options.rate_per_second,
         "burst": options.burst,
         "max_concurrent": options.max_concurrent,
@@ -246,19 +252,21 @@ class StoreLimiter(Limiter, RateLimiter):
     def peek(self, key: str | None = None) -> Generator[Pending[Any], Any, LimiterState]:
         seen: dict[str, Any] = yield self._peek(key)
         available, in_use = int(seen["available"]), int(seen["in_use"])
-        used = 0
-        if self.rate_per_second is not None:  # `available` would also count slots that are not free
-            used = min(self.burst, math.ceil(seen["full_after"] * self.rate_per_second - 1e-6))
+        used, reset_after = 0, float(seen["full_after"])
+        if self._options.is_window:
+            used = int(seen["used"])
+        elif self.rate_per_second is not None:  # `available` would also count slots that are not free
+            used = min(self.burst, math.ceil(reset_after * self.rate_per_second - 1e-6))
         if self.max_concurrent is not None:
             available = min(available, max(0, self.max_concurrent - in_use))
         return LimiterState(
             allowed=available > 0,
             remaining=max(0, available),
-            reset_at=math.ceil(time.time() + seen["full_after"]),
+            reset_at=math.ceil(time.time() + (reset_after or self.window_seconds or 0)),
             current_usage=max(0, used, in_use),
             retry_after=float(seen["retry_after"]),
             in_use=in_use,
-            reset_after=float(seen["full_after"]),
+            reset_after=reset_after,
         )
 
     def get_state(self, key: str | None = None) -> Pending[LimiterState]:
@@ -273,11 +281,11 @@ class StoreLimiter(Limiter, RateLimiter):
             id=self._group_id,
             algorithm=options.algorithm,
             store_id=self._store.store_id,
-            rate_per_second=options.rate_per_second,
+            rate_per_second=self.rate_per_second,
             max_concurrent=options.max_concurrent,
             timeout=options.timeout,
-            limit=options.limit,
-            window_seconds=options.window_seconds,
+            limit=self.limit,
+            window_seconds=self.window_seconds,
             fail_closed=options.fail_closed,
             burst=options.burst,
         )
@@ -333,7 +341,7 @@ class StoreLimiter(Limiter, RateLimiter):
 
     @property
     def rate_per_second(self) -> float | None:
-        return self._options.rate_per_second
+        return None if self._options.is_window else self._options.rate_per_second
 
     @property
     def burst(self) -> int:
@@ -345,11 +353,11 @@ class StoreLimiter(Limiter, RateLimiter):
 
     @property
     def limit(self) -> int | None:
-        return None
+        return self._options.limit if self._options.is_window else None
 
     @property
     def window_seconds(self) -> float | None:
-        return None
+        return self._options.window_seconds if self._options.is_window else None
 
     @property
     def default_timeout(self) -> float | None:
@@ -392,6 +400,9 @@ class StoreLimiter(Limiter, RateLimiter):
         parts = [
             f"{name}={value!r}"
             for name, value in (
+                ("algorithm", self.algorithm if self._options.is_window else None),
+                ("limit", self.limit),
+                ("window_seconds", self.window_seconds),
                 ("rate_per_second", self.rate_per_second),
                 ("max_concurrent", self.max_concurrent),
             )

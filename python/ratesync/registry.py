@@ -100,9 +100,11 @@ def configure_limiter(
         rate_per_second: grants per second over all processes, 0 < rate <= 1e9. None: no rate limit.
         max_concurrent: slots held at the same time over all processes. None: no concurrency limit.
         timeout: default of `acquire`: seconds to wait at most, None waits as long as it takes.
-        algorithm: `token_bucket` (GCRA, ITU-T I.371).
-        limit: for window algorithms; without effect on token_bucket.
-        window_seconds: for window algorithms; without effect on token_bucket.
+        algorithm: `token_bucket` (GCRA, ITU-T I.371) spaces grants by rate_per_second and burst. The others
+            count grants per window, and ignore those two: `sliding_window` exactly, by a log of the
+            grants; `sliding_counter` by an estimate from two counters; `fixed_window` per calendar window.
+        limit: windows: grants per window over all processes; without effect on token_bucket.
+        window_seconds: windows: their length, 0.001 to 31622400 (366 days); without effect on token_bucket.
         fail_closed: an outage of the store refuses calls (True) or lets them pass (False).
         burst: grants that may come at once after idling; 1 spaces evenly.
         outage_budget: seconds that a call may lose to a store that does not answer.
@@ -115,6 +117,7 @@ def configure_limiter(
 
     Example:
         >>> configure_limiter("registry-doc", rate_per_second=100.0, max_concurrent=50, timeout=30.0)
+        >>> configure_limiter("quota-doc", algorithm="sliding_window", limit=1000, window_seconds=3600)
     """
     from ratesync._schemas import build_limiter, check_id
 

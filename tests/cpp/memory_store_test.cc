@@ -9,6 +9,8 @@
 #include <thread>
 #include <vector>
 
+#include "memory_rig.h"
+
 namespace ratesync::memory {
 namespace {
 
@@ -22,34 +24,6 @@ store::GroupRef group(double rate, std::int64_t burst, std::int64_t concurrent, 
   params.timing_margin = 0;
   return std::make_shared<const store::Group>(id, params);
 }
-
-struct Op final : store::AcquireOp {
-  void done() override { ++answers; }
-  int answers = 0;
-};
-
-struct Rig {
-  Clock clock{true};
-  MemoryStore store{clock};
-
-  store::AcquireReply ask(const store::GroupRef& group, Nanos deadline = kForever, std::int64_t cost = 1) {
-    Op op;
-    op.group = group;
-    op.cost = cost;
-    op.deadline = deadline;
-    store.acquire(&op);
-    EXPECT_EQ(op.answers, 1);
-    return op.reply;
-  }
-  store::Peek peek(const store::GroupRef& group) {
-    store::Peek seen;
-    store.peek(group, [&](Result<store::Peek> peek) { seen = peek.value(); });
-    return seen;
-  }
-  void reset(const store::GroupRef& group) {
-    store.reset(group, [](Result<store::Unit> done) { EXPECT_TRUE(done.ok()); });
-  }
-};
 
 TEST(MemoryStore, ARefusalChargesNothing) {
   Rig rig;

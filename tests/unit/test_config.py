@@ -118,8 +118,20 @@ def test_a_path_may_be_text_or_a_path(path_type: type[str] | type[Path]) -> None
         ("[limiters.api]\nrate_per_second = 1\nstore = 'nope'", ["[limiters.api]", "'nope'"]),
         (
             "[limiters.api]\nrate_per_second = 1\nalgorithm = 'sliding_window'",
-            ["'sliding_window'", "'token_bucket'"],
+            ["[limiters.api]", "limit is missing: sliding_window needs both limit and window_seconds"],
         ),
+        (
+            "[limiters.api]\nlimit = 5\nwindow_seconds = 1\nalgorithm = 'slidingwindow'",
+            ["algorithm is not valid (did you mean 'sliding_window'", "'token_bucket'", "'fixed_window'"],
+        ),
+        ("[limiters.api]\nlimit = 5\nwindow_seconds = 1", ["are both missing", "algorithm = 'sliding_window'"]),
+        (
+            "[limiters.api]\nlimit = 0\nwindow_seconds = 1\nalgorithm = 'fixed_window'",
+            ["limit must be > 0", "got 0"],
+        ),
+        ("[limiters.api]\nlimit = 5\nwindow_seconds = 0", ["window_seconds must be > 0"]),
+        ("[limiters.api]\nrate_per_second = -1", ["rate_per_second must be > 0"]),
+        ("[limiters.api]\nmax_concurrent = 0", ["max_concurrent must be > 0"]),
         ("[limiter.api]\nrate_per_second = 1", ["[limiter]", "did you mean 'limiters'?"]),
         ("[store.api]\nengine = 'memory'", ["[store]", "did you mean 'stores'?"]),
         ("[limiters]\napi = 5", ["[limiters] api has to be a table [limiters.api]", "int"]),

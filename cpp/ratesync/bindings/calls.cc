@@ -110,8 +110,9 @@ PyObject* settle_method(PyObject* self, PyObject* actual_cost) {
   const long long actual = whole ? PyLong_AsLongLong(actual_cost) : -1;
   if (PyErr_Occurred()) PyErr_Clear();
   const limits::Params& params = impl->core->group->params;
-  if (actual < 0 || (actual > 0 && !limits::validate_cost(params, actual).ok())) {
-    raise_invalid("the actual cost must be a whole number", "actual_cost", "int >= 0 within 31 years' reach",
+  if (actual < 0 || (actual > 0 && !limits::validate_actual(params, actual).ok())) {
+    raise_invalid("the actual cost must be a whole number", "actual_cost",
+                  params.is_window() ? "int from 0 to 1000000000" : "int >= 0 within 31 years' reach",
                   actual_cost);
     return nullptr;
   }
@@ -157,19 +158,55 @@ bool whole(PyObject* value, const char* what, std::int64_t* out) {
   return raise_invalid("number too large", what, "int of at most 1000000000", value);
 }
 
+bool positive(PyObject* value, const char* what, std::int64_t* out) {
+  if (!whole(value, what, out)) return false;
+  if (*out >= 1) return true;
+  return raise_invalid((std::string(what) + " must be > 0").c_str(), what,
+                       "a whole number from 1 to 1000000000", value);
+}
+
+// Algorithm, rate, burst, limit and window. What the algorithm ignores is not looked at.
+bool parse_spacing(PyObject* algorithm, PyObject* rate, PyObject* burst, PyObject* limit, PyObject* window,
+                   limits::Params* params) {
+  if (algorithm) {
+    const char* name = PyUnicode_Check(algorithm) ? PyUnicode_AsUTF8(algorithm) : nullptr;
+    PyErr_Clear();
+    if (!name || !limits::parse_algorithm(name, &params->algorithm))
+      return raise_invalid("not an algorithm", "algorithm",
+                           "token_bucket, sliding_window, sliding_counter or fixed_window", algorithm);
+  }
+  if (params->is_window()) {
+    if (limit != Py_None && !positive(limit, "limit", &params->limit)) return false;
+    if (window == Py_None) return true;
+    Nanos length = 0;
+    if (!seconds(window, "window_seconds", 0.001, 366.0 * 86400, &length)) return false;
+    params->window = (length + kMicro / 2) / kMicro * kMicro;
+    return true;
+  }
+  if (burst && !whole(burst, "burst", &params->burst)) return false;
+  if (rate == Py_None) return true;
+  params->rate_per_second = PyFloat_AsDouble(rate);
+  const bool bad = PyErr_Occurred() || PyBool_Check(rate) || params->rate_per_second == 0;
+  PyErr_Clear();
+  return !bad || raise_invalid("rate_per_second must be > 0", "rate_per_second",
+                               "a finite number above 0 and at most 1e9", rate);
+}
+
 }  // namespace
 
 LimiterImpl* make_limiter_impl(PyObject* args, PyObject* kwargs) {
-  static const char* names[] = {"store",          "group_id",         "rate_per_second",  "burst",
-                                "max_concurrent", "timeout",          "fail_closed",      "outage_budget",
-                                "lease_seconds",  "max_hold_seconds", "timing_margin_ms", nullptr};
-  PyObject *store_object, *group_id;
-  PyObject *rate = Py_None, *burst = nullptr, *concurrent = Py_None, *timeout = Py_None, *budget = nullptr;
+  static const char* names[] = {
+      "store",         "group_id",       "algorithm",        "rate_per_second",  "burst",
+      "limit",         "window_seconds", "max_concurrent",   "timeout",          "fail_closed",
+      "outage_budget", "lease_seconds",  "max_hold_seconds", "timing_margin_ms", nullptr};
+  PyObject *store_object, *group_id, *algorithm = nullptr;
+  PyObject *rate = Py_None, *burst = nullptr, *limit = Py_None, *window = Py_None;
+  PyObject *concurrent = Py_None, *timeout = Py_None, *budget = nullptr;
   PyObject *lease = nullptr, *max_hold = Py_None, *margin = nullptr;
   int fail_closed = 0;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OU|$OOOOpOOOO:Limiter", const_cast<char**>(names),
-                                   &store_object, &group_id, &rate, &burst, &concurrent, &timeout,
-                                   &fail_closed, &budget, &lease, &max_hold, &margin))
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OU|$OOOOOOOpOOOO:Limiter", const_cast<char**>(names),
+                                   &store_object, &group_id, &algorithm, &rate, &burst, &limit, &window,
+                                   &concurrent, &timeout, &fail_closed, &budget, &lease, &max_hold, &margin))
     return nullptr;
   PyStore* store = nullptr;
   try {
@@ -191,24 +228,9 @@ LimiterImpl* make_limiter_impl(PyObject* args, PyObject* kwargs) {
   engine::Policy policy;
   policy.fail_closed = fail_closed != 0;
   bool ok = true;
-  if (rate != Py_None) {
-    params.rate_per_second = PyFloat_AsDouble(rate);
-    if (PyErr_Occurred() || PyBool_Check(rate) || params.rate_per_second == 0) {
-      PyErr_Clear();
-      raise_invalid("the rate must be above 0", "rate_per_second", "a finite number above 0 and at most 1e9",
-                    rate);
-      return nullptr;
-    }
-  }
-  if (burst && !whole(burst, "burst", &params.burst)) return nullptr;
-  if (concurrent != Py_None) {
-    if (!whole(concurrent, "max_concurrent", &params.max_concurrent)) return nullptr;
-    if (params.max_concurrent < 1) {
-      raise_invalid("max_concurrent must be at least 1", "max_concurrent",
-                    "a whole number from 1 to 1000000000", concurrent);
-      return nullptr;
-    }
-  }
+  if (!parse_spacing(algorithm, rate, burst, limit, window, &params)) return nullptr;
+  if (concurrent != Py_None && !positive(concurrent, "max_concurrent", &params.max_concurrent))
+    return nullptr;
   policy.default_timeout = parse_timeout(timeout, kForever, &ok);
   if (!ok) return nullptr;
   if (budget && !seconds(budget, "outage_budget", 0, 60, &policy.outage_budget)) return nullptr;
@@ -227,7 +249,11 @@ LimiterImpl* make_limiter_impl(PyObject* args, PyObject* kwargs) {
   const Status valid = limits::validate(params);
   if (!valid.ok()) {
     const std::string field = valid.message.substr(0, valid.message.find(':'));
-    PyObject* received = field == "rate_per_second" ? rate : field == "burst" ? burst : concurrent;
+    PyObject* received = field == "rate_per_second"  ? rate
+                         : field == "burst"          ? burst
+                         : field == "limit"          ? limit
+                         : field == "window_seconds" ? window
+                                                     : concurrent;
     raise_invalid(valid.message.c_str(), field.c_str(), "see the message", received);
     return nullptr;
   }

@@ -57,7 +57,10 @@ bool parse_cost(PyObject* value, const LimiterImpl& impl, std::int64_t* cost) {
   if (overflow != 0) return raise_invalid("a cost is too large", "cost", "int below 2**63", value);
   const Status status = limits::validate_cost(impl.core->group->params, *cost);
   if (!status.ok())
-    return raise_invalid(status.message.c_str(), "cost", "int of at least 1 within 31 years' reach", value);
+    return raise_invalid(status.message.c_str(), "cost",
+                         impl.core->group->params.is_window() ? "int from 1 to the limit"
+                                                              : "int of at least 1 within 31 years' reach",
+                         value);
   return true;
 }
 
@@ -140,7 +143,7 @@ PyObject* make_permit(LimiterObject* limiter, PyObject* const* args, Py_ssize_t 
   if (!ok || (cost && !parse_cost(cost, *impl, &units))) return nullptr;
   const limits::Params& params = impl->core->group->params;
   const Nanos effective = wait < 0 ? impl->core->policy.default_timeout : wait;
-  if (effective == 0 && params.has_rate() && units > params.burst) {
+  if (effective == 0 && !params.is_window() && params.has_rate() && units > params.burst) {
     raise_invalid("this cost can never be had at once: raise burst, or give a timeout", "cost",
                   ("at most burst (" + std::to_string(params.burst) + ") with timeout 0").c_str(), cost);
     return nullptr;

@@ -242,7 +242,8 @@ PyObject* to_python(const store::Unit&) { Py_RETURN_NONE; }
 
 PyObject* to_python(const store::Peek& peek) {
   return py::dict("available"_a = peek.available, "in_use"_a = peek.in_use,
-                  "retry_after"_a = secs(peek.retry_after), "full_after"_a = secs(peek.full_after))
+                  "retry_after"_a = secs(peek.retry_after), "full_after"_a = secs(peek.full_after),
+                  "used"_a = peek.used)
       .release()
       .ptr();
 }
