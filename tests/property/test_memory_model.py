@@ -1,8 +1,9 @@
 """The memory store and the engine's waiting, held against a model written from the specification.
 
-The model is the textbook: GCRA with one number of state, a semaphore, a queue of waiters, and a list of
-slots that were dealt for a later time. Hypothesis plays random calls against both with a hand-moved
-clock; after each step every call must have the same outcome at the same time, and `peek` must agree.
+The model is the textbook: GCRA with one number of state (or one of the windows of `window_model`), a
+semaphore, a queue of waiters, and a list of slots that were dealt for a later time. Hypothesis plays
+random calls against both with a hand-moved clock; after each step every call must have the same outcome
+at the same time, and `peek` must agree.
 All times are multiples of 1/128 s, so the sums are exact on both sides.
 """
 
@@ -16,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from window_model import MODELS, Model
 
 from ratesync._engine import Engine, Limiter
 from ratesync.errors import ConfigValidationError, RateLimiterAcquisitionError
@@ -39,6 +41,7 @@ class Call:
     waited: int = 0
     stamp: int = 0
     holds: bool = False
+    limit: int = 0  # of the window, when it was asked for
 
     def end(self, outcome: str, now: int) -> None:
         self.outcome = outcome
@@ -77,18 +80,39 @@ class Group:
             return
         self.deal(call, now)
 
+    @property
+    def has_units(self) -> bool:
+        return self.interval > 0
+
+    def can_never_be_had(self, cost: int, timeout: int | None) -> bool:
+        return timeout == 0 and self.has_units and cost > self.burst
+
+    def deal_units(self, call: Call, now: int) -> int | None:
+        """How long to sleep; None: refused."""
+        tat = max(self.tat, now) + call.cost * self.interval
+        wait = max(0, tat - self.burst * self.interval - now)
+        patience = call.deadline - now
+        if wait > patience + self.margin:
+            return None
+        self.tat = tat
+        call.stamp = tat
+        return 0 if wait <= self.margin else min(wait, patience)
+
+    def give_back(self, cost: int, stamp: int) -> None:
+        if stamp == self.tat:
+            self.tat -= cost * self.interval
+
+    def forget(self) -> None:
+        self.tat = 0
+
     def deal(self, call: Call, now: int) -> None:
         wait = 0
-        if self.interval:
-            tat = max(self.tat, now) + call.cost * self.interval
-            wait = max(0, tat - self.burst * self.interval - now)
-            patience = call.deadline - now
-            if wait > patience + self.margin:
+        if self.has_units:
+            dealt = self.deal_units(call, now)
+            if dealt is None:
                 call.end("refused", now)
                 return
-            self.tat = tat
-            call.stamp = tat
-            wait = 0 if wait <= self.margin else min(wait, patience)
+            wait = dealt
         if self.most:
             self.active += 1
             call.holds = True
@@ -133,13 +157,12 @@ class Group:
                 theirs.append(spare)
                 theirs.sort(key=lambda slot: slot.at)
                 spare = theirs.pop()
-            if spare.stamp == self.tat:
-                self.tat -= call.cost * self.interval
+            self.give_back(call.cost, spare.stamp)
         call.end("cancelled", now)
         self.free(call, now)
 
     def settle(self, delta: int, now: int) -> None:
-        if not self.interval:
+        if not self.has_units:
             return
         if delta > 0:
             self.tat = max(self.tat, now) + delta * self.interval
@@ -147,7 +170,8 @@ class Group:
             self.tat = max(0, self.tat + delta * self.interval)
 
     def reset(self, holders: list[Call], now: int) -> None:
-        self.tat = self.active = 0
+        self.forget()
+        self.active = 0
         for call in holders:
             call.holds = False
         sleepers = [call for calls, _ in self.runs for call in calls]
@@ -166,17 +190,70 @@ class Group:
             self.waiters.remove(call)
             call.end("refused", now)
 
+    def peek_units(self, now: int) -> dict[str, Any]:
+        ahead = max(self.tat, now) - now
+        wait = ahead + self.interval - self.burst * self.interval
+        return {
+            "available": max(0, (self.burst * self.interval - ahead) // self.interval),
+            "full_after": ahead / SECOND,
+            "retry_after": max(0, wait - self.margin if wait > self.margin else 0) / SECOND,
+        }
+
     def peek(self, now: int) -> dict[str, Any]:
-        seen: dict[str, Any] = {"available": 0, "in_use": self.active, "retry_after": 0.0, "full_after": 0.0}
-        if self.interval:
-            ahead = max(self.tat, now) - now
-            seen["available"] = max(0, (self.burst * self.interval - ahead) // self.interval)
-            seen["full_after"] = ahead / SECOND
-            wait = ahead + self.interval - self.burst * self.interval
-            seen["retry_after"] = max(0, wait - self.margin if wait > self.margin else 0) / SECOND
+        seen = {"available": 0, "in_use": self.active, "retry_after": 0.0, "full_after": 0.0, "used": 0}
+        if self.has_units:
+            seen |= self.peek_units(now)
         else:
             seen["available"] = max(0, self.most - self.active)
         return seen
+
+
+@dataclass(eq=False)
+class WindowGroup(Group):
+    """The same with a window in place of the bucket."""
+
+    algorithm: str = "sliding_window"
+    limit: int = 1
+    window: int = SECOND
+    model: Model = field(default_factory=Model)
+
+    def __post_init__(self) -> None:
+        self.forget()
+
+    @property
+    def has_units(self) -> bool:
+        return True
+
+    def can_never_be_had(self, cost: int, timeout: int | None) -> bool:
+        return cost > self.limit
+
+    def acquire(self, call: Call, now: int) -> None:
+        call.limit = self.limit
+        super().acquire(call, now)
+
+    def deal_units(self, call: Call, now: int) -> int | None:
+        said = self.model.acquire(call.limit, self.window, now, call.cost, call.deadline - now)
+        call.stamp = said["stamp"]
+        return said["wait"] if said["granted"] else None
+
+    def give_back(self, cost: int, stamp: int) -> None:
+        self.model.refund(self.limit, self.window, cost, stamp)
+
+    def forget(self) -> None:
+        self.model = MODELS[self.algorithm]()
+
+    def settle(self, delta: int, now: int) -> None:
+        if delta:
+            self.model.settle(self.window, now, delta)
+
+    def peek_units(self, now: int) -> dict[str, Any]:
+        said = self.model.peek(self.limit, self.window, now)
+        return {
+            "available": said["remaining"],
+            "used": self.limit - said["remaining"],
+            "full_after": said["full_after"] / SECOND,
+            "retry_after": said["retry_after"] / SECOND,
+        }
 
 
 # The machine ------------------------------------------------------------------------------------------
@@ -236,7 +313,7 @@ class MemoryAgainstModel(RuleBasedStateMachine):
     def acquire(self, key: str | None, timeout: int | None, cost: int) -> None:
         group = self.groups[key]
         seconds = None if timeout is None else timeout / SECOND
-        if timeout == 0 and group.interval and cost > group.burst:
+        if group.can_never_be_had(cost, timeout):
             with pytest.raises(ConfigValidationError):
                 self.limiter.acquire_context(seconds, cost=cost, key=key)
             return
@@ -341,10 +418,46 @@ class MemoryAgainstModel(RuleBasedStateMachine):
         self.loop.close()
 
 
-MemoryAgainstModel.TestCase.settings = settings(
+class WindowsAgainstModel(MemoryAgainstModel):
+    """The same calls to windows, whose limit changes while they are in use."""
+
+    @initialize(
+        algorithm=st.sampled_from(list(MODELS)),
+        limit=st.integers(1, 5),
+        ticks=st.sampled_from([16, 64, 100]),
+        most=st.sampled_from([0, 0, 2]),
+    )
+    def configure(self, algorithm: str, limit: int, ticks: int, most: int) -> None:
+        self.store = self.engine.add_store("memory", "memory", {})
+        for key in (None, "a"):
+            self.groups[key] = WindowGroup(0, 1, 0, most, algorithm=algorithm, window=ticks * TICK)
+        self.change(limit)
+
+    @rule(limit=st.integers(1, 5))
+    def change(self, limit: int) -> None:
+        for group in self.groups.values():
+            group.limit = limit
+        self.limiter = Limiter(
+            self.store,
+            "x",
+            algorithm=group.algorithm,
+            limit=limit,
+            window_seconds=group.window / SECOND,
+            max_concurrent=group.most or None,
+        )
+
+    @invariant()
+    def the_count_of_slots_held_agrees(self) -> None:
+        """Each of the limiters has a count of its own."""
+
+
+SETTINGS = settings(
     max_examples=100,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
+MemoryAgainstModel.TestCase.settings = SETTINGS
+WindowsAgainstModel.TestCase.settings = SETTINGS
 TestMemoryAgainstModel = pytest.mark.timeout(120)(MemoryAgainstModel.TestCase)
+TestWindowsAgainstModel = pytest.mark.timeout(120)(WindowsAgainstModel.TestCase)

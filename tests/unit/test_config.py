@@ -124,7 +124,10 @@ def test_a_path_may_be_text_or_a_path(path_type: type[str] | type[Path]) -> None
             "[limiters.api]\nlimit = 5\nwindow_seconds = 1\nalgorithm = 'slidingwindow'",
             ["algorithm is not valid (did you mean 'sliding_window'", "'token_bucket'", "'fixed_window'"],
         ),
-        ("[limiters.api]\nlimit = 5\nwindow_seconds = 1", ["are both missing", "algorithm = 'sliding_window'"]),
+        (
+            "[limiters.api]\nlimit = 5\nwindow_seconds = 1",
+            ["are both missing", "algorithm = 'sliding_window'"],
+        ),
         (
             "[limiters.api]\nlimit = 0\nwindow_seconds = 1\nalgorithm = 'fixed_window'",
             ["limit must be > 0", "got 0"],

@@ -41,10 +41,10 @@ class Model:
             "full_after": self.full_after(window, now),
         }
 
-    def refund(self, cost: int, stamp: int) -> dict[str, Any]:
+    def refund(self, limit: int, window: int, cost: int, stamp: int) -> dict[str, Any]:
         if stamp == self.total:
             self.total -= cost
-            self.take_back(cost)
+            self.take_back(limit, window, cost)
         return {"stamp": self.total}
 
     def settle(self, window: int, now: int, delta: int) -> None:
@@ -63,7 +63,7 @@ class Model:
     def full_after(self, window: int, now: int) -> int:
         raise NotImplementedError
 
-    def take_back(self, cost: int) -> None:
+    def take_back(self, limit: int, window: int, cost: int) -> None:
         raise NotImplementedError
 
     def adjust(self, window: int, now: int, delta: int) -> None:
@@ -71,49 +71,8 @@ class Model:
 
 
 @dataclass
-class FixedWindow(Model):
-    """Units are known for one calendar window, that of the latest slot."""
-
-    latest: int | None = None  # the latest slot
-    used: int = 0
-
-    def in_window(self, window: int, number: int) -> int:
-        return self.used if self.latest is not None and self.latest // window == number else 0
-
-    def number(self, window: int, now: int) -> int:
-        return max(now, self.latest if self.latest is not None else now) // window
-
-    def slot(self, limit: int, window: int, now: int, cost: int) -> int:
-        number = self.number(window, now)
-        while self.in_window(window, number) + cost > limit and number == self.number(window, now):
-            number += 1
-        return max(now, number * window)
-
-    def deal(self, window: int, slot: int, cost: int) -> None:
-        self.used = self.in_window(window, slot // window) + cost
-        self.latest = slot // window * window
-
-    def remaining(self, limit: int, window: int, now: int) -> int:
-        if self.number(window, now) > now // window:
-            return 0
-        return max(0, limit - self.in_window(window, now // window))
-
-    def full_after(self, window: int, now: int) -> int:
-        number = self.number(window, now)
-        return (number + 1) * window - now if self.in_window(window, number) else 0
-
-    def take_back(self, cost: int) -> None:
-        self.used = max(0, self.used - cost)
-
-    def adjust(self, window: int, now: int, delta: int) -> None:
-        number = self.number(window, now)
-        self.used = max(0, self.in_window(window, number) + delta)
-        self.latest = number * window
-
-
-@dataclass
-class SlidingCounter(Model):
-    """Units of the calendar window of the latest slot and of the one before."""
+class CalendarWindow(Model):
+    """Units of the calendar window of the latest slot, and of the one before."""
 
     latest: int = 0
     counts: tuple[int, int] = (0, 0)  # before, in it
@@ -122,6 +81,59 @@ class SlidingCounter(Model):
         passed = number - self.latest // window
         before, within = self.counts
         return {0: (before, within), 1: (within, 0)}.get(passed, (0, 0))
+
+    def deal(self, window: int, slot: int, cost: int) -> None:
+        before, within = self.seen_from(window, slot // window)
+        self.counts = (before, within + cost)
+        self.latest = slot
+
+    def take_back(self, limit: int, window: int, cost: int) -> None:
+        before, within = self.counts
+        self.counts = (before, max(0, within - cost))
+        if within <= cost:  # nothing was dealt in this window: back to the one before
+            self.latest = (self.latest // window - 1) * window
+            self.counts = (limit, before)  # what came before that is not known
+
+    def adjust(self, window: int, now: int, delta: int) -> None:
+        latest = max(now, self.latest)
+        before, within = self.seen_from(window, latest // window)
+        self.counts = (before, max(0, within + delta))
+        self.latest = latest
+
+
+@dataclass
+class FixedWindow(CalendarWindow):
+    """Each calendar window has the whole limit."""
+
+    def number(self, window: int, now: int) -> int:
+        return max(now // window, self.latest // window)
+
+    def slot(self, limit: int, window: int, now: int, cost: int) -> int:
+        number = self.number(window, now)
+        if self.seen_from(window, number)[1] + cost > limit:
+            number += 1
+        return max(now, number * window)
+
+    def deal(self, window: int, slot: int, cost: int) -> None:
+        super().deal(window, slot // window * window, cost)
+
+    def remaining(self, limit: int, window: int, now: int) -> int:
+        if self.number(window, now) > now // window:
+            return 0
+        return max(0, limit - self.seen_from(window, now // window)[1])
+
+    def full_after(self, window: int, now: int) -> int:
+        number = self.number(window, now)
+        return (number + 1) * window - now if self.seen_from(window, number)[1] else 0
+
+    def adjust(self, window: int, now: int, delta: int) -> None:
+        super().adjust(window, now, delta)
+        self.latest = self.latest // window * window
+
+
+@dataclass
+class SlidingCounter(CalendarWindow):
+    """Units of the window before count for as much of it as a window back from now still covers."""
 
     def estimate(self, window: int, t: int) -> Fraction:
         before, within = self.seen_from(window, t // window)
@@ -145,11 +157,6 @@ class SlidingCounter(Model):
                 return slot
         raise AssertionError("the third window at the latest has nothing before it")
 
-    def deal(self, window: int, slot: int, cost: int) -> None:
-        before, within = self.seen_from(window, slot // window)
-        self.counts = (before, within + cost)
-        self.latest = slot
-
     def remaining(self, limit: int, window: int, now: int) -> int:
         if self.latest > now:
             return 0
@@ -164,16 +171,6 @@ class SlidingCounter(Model):
         if within:
             return (number + 2) * window - now
         return (number + 1) * window - now if before else 0
-
-    def take_back(self, cost: int) -> None:
-        before, within = self.counts
-        self.counts = (before, max(0, within - cost))
-
-    def adjust(self, window: int, now: int, delta: int) -> None:
-        latest = max(now, self.latest)
-        before, within = self.seen_from(window, latest // window)
-        self.counts = (before, max(0, within + delta))
-        self.latest = latest
 
 
 @dataclass
@@ -207,7 +204,7 @@ class SlidingWindow(Model):
     def full_after(self, window: int, now: int) -> int:
         return max(0, self.units[-1] + window - now) if self.units else 0
 
-    def take_back(self, cost: int) -> None:
+    def take_back(self, limit: int, window: int, cost: int) -> None:
         self.units = self.units[: max(0, len(self.units) - cost)]
 
     def adjust(self, window: int, now: int, delta: int) -> None:

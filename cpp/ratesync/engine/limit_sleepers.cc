@@ -14,6 +14,10 @@ void LimitService::sleep(AcquireTask* task, Nanos until) {
   // Usually the last run goes on. A slot before its last one (units were given back meanwhile) stays
   // with this task, whose deadline may not allow a later one.
   auto run = group.runs.empty() ? group.runs.end() : std::prev(group.runs.end());
+  // Dealt later is never earlier; it only seems so when it took the answer before longer to get here.
+  if (run != group.runs.end() && run->cost == task->cost && run->slots.back().stamp <= task->stamp &&
+      run->slots.back().at <= task->deadline)
+    until = std::max(until, run->slots.back().at);
   if (run == group.runs.end() || run->cost != task->cost || run->slots.back().at > until)
     run = group.runs.insert(group.runs.end(), SleeperRun{task->cost, {}, {}});
   task->state_ = AcquireTask::State::sleeping;

@@ -29,7 +29,10 @@ FixedWindow FixedWindow::at(Quota quota, std::int64_t now) const {
   FixedWindow out = *this;
   const std::int64_t mine = floor_to(start_, quota.window);
   out.start_ = std::max(mine, floor_to(now, quota.window));
-  if (out.start_ != mine) out.used_ = 0;
+  if (out.start_ != mine) {
+    out.previous_ = out.start_ - mine == quota.window ? used_ : 0;
+    out.used_ = 0;
+  }
   return out;
 }
 
@@ -37,6 +40,7 @@ FixedWindow FixedWindow::after(Quota quota, std::int64_t now, std::int64_t cost)
   FixedWindow out = at(quota, now);
   if (out.used_ + cost > quota.limit) {
     out.start_ += quota.window;
+    out.previous_ = out.used_;
     out.used_ = 0;
   }
   out.used_ += cost;
@@ -66,9 +70,14 @@ std::int64_t FixedWindow::full_after(Quota quota, std::int64_t now) const {
   return state.used_ == 0 ? 0 : state.start_ + quota.window - now;
 }
 
-std::int64_t FixedWindow::refund(std::int64_t cost, std::int64_t stamp) {
+std::int64_t FixedWindow::refund(Quota quota, std::int64_t cost, std::int64_t stamp) {
   if (stamp != total_) return total_;
   used_ = add_units(used_, -cost);
+  if (used_ == 0) {
+    start_ = floor_to(start_, quota.window) - quota.window;
+    used_ = previous_;
+    previous_ = quota.limit;
+  }
   return total_ -= cost;
 }
 
@@ -148,9 +157,14 @@ std::int64_t SlidingCounter::full_after(Quota quota, std::int64_t now) const {
   return state.previous_ > 0 ? end - now : 0;
 }
 
-std::int64_t SlidingCounter::refund(std::int64_t cost, std::int64_t stamp) {
+std::int64_t SlidingCounter::refund(Quota quota, std::int64_t cost, std::int64_t stamp) {
   if (stamp != total_) return total_;
   current_ = add_units(current_, -cost);
+  if (current_ == 0) {
+    last_ = floor_to(last_, quota.window) - quota.window;
+    current_ = previous_;
+    previous_ = quota.limit;
+  }
   return total_ -= cost;
 }
 
@@ -218,7 +232,7 @@ std::int64_t SlidingWindow::full_after(Quota quota, std::int64_t now) const {
   return log_.empty() ? 0 : std::max<std::int64_t>(0, log_.back().at + quota.window - now);
 }
 
-std::int64_t SlidingWindow::refund(std::int64_t cost, std::int64_t stamp) {
+std::int64_t SlidingWindow::refund(Quota, std::int64_t cost, std::int64_t stamp) {
   if (stamp != total_) return total_;
   std::int64_t left = cost;
   while (left > 0 && !log_.empty()) {

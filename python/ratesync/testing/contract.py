@@ -1,0 +1,108 @@
+"""What the contract suites have in common: how a test calls the product, and how it gets a limiter.
+
+A suite is a class of tests to inherit, with a fixture `store_options` that says how to configure the
+store under test. Tests with the fixture `call` run twice, from asyncio and from a plain thread.
+Needs pytest-asyncio.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+import ratesync
+from ratesync import Pending, Permit, RateLimiter
+
+__all__ = ["SLOW", "Caller", "Contract", "MakeLimiter", "eventually"]
+
+T = TypeVar("T")
+SLOW = 0.01  # units per second: the next one comes after 100 s, that is never
+MakeLimiter = Callable[..., RateLimiter]
+
+
+class Caller:
+    """Calls the product the way one of its two kinds of users does."""
+
+    def __init__(self, kind: str) -> None:
+        self._runner = asyncio.Runner() if kind == "asyncio" else None
+
+    def __call__(self, pending: Pending[T]) -> T:
+        """The result of a call."""
+        if self._runner is None:
+            return pending.wait()
+
+        async def result() -> T:
+            return await pending
+
+        return self._runner.run(result())
+
+    @contextlib.contextmanager
+    def holding(self, permit: Permit) -> Iterator[Permit]:
+        """`with permit` or `async with permit`."""
+        if self._runner is None:
+            with permit as entered:
+                yield entered
+            return
+
+        async def enter() -> Permit:
+            return await permit.__aenter__()
+
+        async def leave(*exc: Any) -> None:
+            await permit.__aexit__(*exc)
+
+        entered = self._runner.run(enter())
+        try:
+            yield entered
+        finally:
+            self._runner.run(leave(*sys.exc_info()))
+
+    def close(self) -> None:
+        if self._runner is not None:
+            self._runner.close()
+
+
+async def eventually(condition: Callable[[], Awaitable[bool]], seconds: float = 10.0) -> None:
+    """For effects that a store learns a moment later: a release, a refund."""
+    async with asyncio.timeout(seconds):
+        while not await condition():
+            await asyncio.sleep(0.005)
+
+
+class Contract:
+    """Inherit, and say in the fixture `store_options` how to configure the store."""
+
+    @pytest.fixture
+    def store_options(self) -> dict[str, Any]:
+        """Arguments of `configure_store` for an empty store of its own."""
+        raise NotImplementedError
+
+    @pytest.fixture
+    def limit(self, ratesync_registry: Path, store_options: dict[str, Any]) -> MakeLimiter:
+        """A function that configures a limiter with a name of its own and returns it."""
+        ratesync.configure_store("contract", **store_options)
+        numbers = itertools.count()
+
+        def make(**options: Any) -> RateLimiter:
+            limiter_id = f"limit-{next(numbers)}"
+            ratesync.configure_limiter(limiter_id, "contract", fail_closed=True, outage_budget=30, **options)
+            return ratesync.get_limiter(limiter_id)
+
+        return make
+
+    @pytest.fixture(params=["asyncio", "threads"])
+    def call(self, request: pytest.FixtureRequest, ratesync_registry: Path) -> Iterator[Caller]:
+        caller = Caller(request.param)
+        yield caller
+        caller.close()
+
+    @staticmethod
+    async def enter(limiter: RateLimiter) -> None:
+        async with limiter:
+            await asyncio.sleep(0)
