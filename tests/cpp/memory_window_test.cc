@@ -95,6 +95,21 @@ TEST_P(MemoryWindow, SettleAndRefundAndReset) {
   EXPECT_EQ(rig.peek(g).full_after, 0);
 }
 
+TEST_P(MemoryWindow, WaitersWhoLeaveDoNotBlockWindowsToCome) {
+  const auto g = group(2);
+  EXPECT_EQ(at_once(g), 2);
+  const Nanos before = rig.peek(g).retry_after;
+  std::vector<std::int64_t> stamps;
+  for (int i = 0; i < 6; ++i) stamps.push_back(rig.ask(g).stamp);
+  EXPECT_GT(rig.peek(g).retry_after, before);
+  for (; !stamps.empty(); stamps.pop_back()) (void)rig.store.refund(g, 1, stamps.back());
+  // What lay before the window that the counter went back to is taken as full.
+  const Nanos spare = GetParam() == Algorithm::sliding_counter ? 20 * kSecond : 0;
+  EXPECT_LE(rig.peek(g).retry_after, before + spare);
+  rig.clock.advance(before + spare);
+  EXPECT_EQ(rig.store.try_now(*g, 1).verdict, Quick::granted);
+}
+
 TEST_P(MemoryWindow, AStampFromBeforeItsStateWasForgottenRefundsNobodyElse) {
   const auto g = group(10, kSecond);
   const auto old = rig.ask(g);

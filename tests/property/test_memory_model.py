@@ -237,7 +237,9 @@ class WindowGroup(Group):
         return said["wait"] if said["granted"] else None
 
     def give_back(self, cost: int, stamp: int) -> None:
-        self.model.refund(self.limit, self.window, cost, stamp)
+        if stamp == self.model.total:
+            self.model.refund(cost, stamp)
+            self.model.fall_back(self.limit, self.window)
 
     def forget(self) -> None:
         self.model = MODELS[self.algorithm]()

@@ -34,7 +34,7 @@ def play(algorithm: str, steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
         else:
             source = played[step.pop("of")]
             step |= {"cost": source["cost"], "stamp": source["expect"]["stamp"]}
-            step["expect"] = model.refund(*quota, step["cost"], step["stamp"])
+            step["expect"] = model.refund(step["cost"], step["stamp"])
         played.append(step)
     return played
 
@@ -150,14 +150,6 @@ def told() -> dict[str, Story]:
     s.peek(S)
     s.acquire(12 * S, 2, max_wait=60 * S)
     s.peek(12 * S)
-    s = story("ten who wait far ahead leave, the last one first", 4, 10 * S)
-    s.acquire(S, 3)
-    asleep = [s.acquire(S, 1 + i % 2, max_wait=3600 * S) for i in range(10)]
-    for of in reversed(asleep):
-        s.refund(of)
-        s.peek(2 * S)
-    for t in (2 * S, 11 * S, 21 * S, 31 * S):
-        s.acquire(t)
     s = story("a refund long after its window is harmless", 2, S)
     late = s.acquire(0, 2)
     s.peek(5 * S)
@@ -283,7 +275,6 @@ ABOUT = [
     "Times are whole microseconds since the Unix epoch. A state starts fresh, with a total of 0.",
     "acquire: cost units, a slot at most max_wait after now. granted -> wait, else retry_after.",
     "stamp: the total after the step, granted or not. refund: acts while its stamp is the total.",
-    "refund of the last unit of a calendar window: back to the window before, see limits/window.h.",
     "settle: a positive delta adds to the total, a negative one leaves it alone.",
     "remaining: units to be had at now. full_after: until nothing counts any more. peek: as for cost 1.",
 ]

@@ -41,15 +41,18 @@ class Model:
             "full_after": self.full_after(window, now),
         }
 
-    def refund(self, limit: int, window: int, cost: int, stamp: int) -> dict[str, Any]:
+    def refund(self, cost: int, stamp: int) -> dict[str, Any]:
         if stamp == self.total:
             self.total -= cost
-            self.take_back(limit, window, cost)
+            self.take_back(cost)
         return {"stamp": self.total}
 
     def settle(self, window: int, now: int, delta: int) -> None:
         self.total += max(0, delta)
         self.adjust(window, now, delta)
+
+    def fall_back(self, limit: int, window: int) -> None:
+        """What the memory store does after a refund; not in the vector file."""
 
     def slot(self, limit: int, window: int, now: int, cost: int) -> int:
         raise NotImplementedError
@@ -63,7 +66,7 @@ class Model:
     def full_after(self, window: int, now: int) -> int:
         raise NotImplementedError
 
-    def take_back(self, limit: int, window: int, cost: int) -> None:
+    def take_back(self, cost: int) -> None:
         raise NotImplementedError
 
     def adjust(self, window: int, now: int, delta: int) -> None:
@@ -87,10 +90,13 @@ class CalendarWindow(Model):
         self.counts = (before, within + cost)
         self.latest = slot
 
-    def take_back(self, limit: int, window: int, cost: int) -> None:
+    def take_back(self, cost: int) -> None:
         before, within = self.counts
         self.counts = (before, max(0, within - cost))
-        if within <= cost:  # nothing was dealt in this window: back to the one before
+
+    def fall_back(self, limit: int, window: int) -> None:
+        before, within = self.counts
+        if not within:  # nothing was dealt in this window: back to the one before
             self.latest = (self.latest // window - 1) * window
             self.counts = (limit, before)  # what came before that is not known
 
@@ -204,7 +210,7 @@ class SlidingWindow(Model):
     def full_after(self, window: int, now: int) -> int:
         return max(0, self.units[-1] + window - now) if self.units else 0
 
-    def take_back(self, limit: int, window: int, cost: int) -> None:
+    def take_back(self, cost: int) -> None:
         self.units = self.units[: max(0, len(self.units) - cost)]
 
     def adjust(self, window: int, now: int, delta: int) -> None:

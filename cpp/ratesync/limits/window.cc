@@ -70,15 +70,17 @@ std::int64_t FixedWindow::full_after(Quota quota, std::int64_t now) const {
   return state.used_ == 0 ? 0 : state.start_ + quota.window - now;
 }
 
-std::int64_t FixedWindow::refund(Quota quota, std::int64_t cost, std::int64_t stamp) {
+std::int64_t FixedWindow::refund(std::int64_t cost, std::int64_t stamp) {
   if (stamp != total_) return total_;
   used_ = add_units(used_, -cost);
-  if (used_ == 0) {
-    start_ = floor_to(start_, quota.window) - quota.window;
-    used_ = previous_;
-    previous_ = quota.limit;
-  }
   return total_ -= cost;
+}
+
+void FixedWindow::fall_back(Quota quota) {
+  if (used_ > 0) return;
+  start_ = floor_to(start_, quota.window) - quota.window;
+  used_ = previous_;
+  previous_ = quota.limit;
 }
 
 void FixedWindow::settle(Quota quota, std::int64_t now, std::int64_t delta) {
@@ -157,15 +159,17 @@ std::int64_t SlidingCounter::full_after(Quota quota, std::int64_t now) const {
   return state.previous_ > 0 ? end - now : 0;
 }
 
-std::int64_t SlidingCounter::refund(Quota quota, std::int64_t cost, std::int64_t stamp) {
+std::int64_t SlidingCounter::refund(std::int64_t cost, std::int64_t stamp) {
   if (stamp != total_) return total_;
   current_ = add_units(current_, -cost);
-  if (current_ == 0) {
-    last_ = floor_to(last_, quota.window) - quota.window;
-    current_ = previous_;
-    previous_ = quota.limit;
-  }
   return total_ -= cost;
+}
+
+void SlidingCounter::fall_back(Quota quota) {
+  if (current_ > 0) return;
+  last_ = floor_to(last_, quota.window) - quota.window;
+  current_ = previous_;
+  previous_ = quota.limit;
 }
 
 void SlidingCounter::settle(Quota quota, std::int64_t now, std::int64_t delta) {
@@ -232,7 +236,7 @@ std::int64_t SlidingWindow::full_after(Quota quota, std::int64_t now) const {
   return log_.empty() ? 0 : std::max<std::int64_t>(0, log_.back().at + quota.window - now);
 }
 
-std::int64_t SlidingWindow::refund(Quota, std::int64_t cost, std::int64_t stamp) {
+std::int64_t SlidingWindow::refund(std::int64_t cost, std::int64_t stamp) {
   if (stamp != total_) return total_;
   std::int64_t left = cost;
   while (left > 0 && !log_.empty()) {

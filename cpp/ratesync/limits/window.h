@@ -14,10 +14,7 @@
 // precision, in the order written here, since Lua knows nothing else.
 //
 // Each keeps `total`, the units dealt so far: the stamp by which a deal is refunded while it is the
-// newest. It grows with every deal and every charge of settle(), and shrinks by refunds only. When the
-// last unit of a calendar window is refunded the state goes back to the window before, or waiters who
-// left would block the limit for windows to come. What lies before that is not kept and taken as full:
-// exact for fixed_window where every cost is 1, at worst too careful elsewhere, for a window or two.
+// newest. It grows with every deal and every charge of settle(), and shrinks by refunds only.
 #pragma once
 
 #include <cstdint>
@@ -47,7 +44,8 @@ class FixedWindow {
   [[nodiscard]] std::int64_t wait_of(Quota quota, std::int64_t now, std::int64_t cost) const;
   [[nodiscard]] std::int64_t available(Quota quota, std::int64_t now) const;
   [[nodiscard]] std::int64_t full_after(Quota quota, std::int64_t now) const;
-  std::int64_t refund(Quota quota, std::int64_t cost, std::int64_t stamp);
+  std::int64_t refund(std::int64_t cost, std::int64_t stamp);
+  void fall_back(Quota quota);
   void settle(Quota quota, std::int64_t now, std::int64_t delta);
   [[nodiscard]] std::int64_t total() const { return total_; }
   [[nodiscard]] std::int64_t last() const { return start_; }
@@ -69,7 +67,8 @@ class SlidingCounter {
   [[nodiscard]] std::int64_t wait_of(Quota quota, std::int64_t now, std::int64_t cost) const;
   [[nodiscard]] std::int64_t available(Quota quota, std::int64_t now) const;
   [[nodiscard]] std::int64_t full_after(Quota quota, std::int64_t now) const;
-  std::int64_t refund(Quota quota, std::int64_t cost, std::int64_t stamp);
+  std::int64_t refund(std::int64_t cost, std::int64_t stamp);
+  void fall_back(Quota quota);
   void settle(Quota quota, std::int64_t now, std::int64_t delta);
   [[nodiscard]] std::int64_t total() const { return total_; }
   [[nodiscard]] std::int64_t last() const { return last_; }
@@ -91,7 +90,7 @@ class SlidingWindow {
   [[nodiscard]] std::int64_t wait_of(Quota quota, std::int64_t now, std::int64_t cost) const;
   [[nodiscard]] std::int64_t available(Quota quota, std::int64_t now) const;
   [[nodiscard]] std::int64_t full_after(Quota quota, std::int64_t now) const;
-  std::int64_t refund(Quota quota, std::int64_t cost, std::int64_t stamp);
+  std::int64_t refund(std::int64_t cost, std::int64_t stamp);
   void settle(Quota quota, std::int64_t now, std::int64_t delta);
   [[nodiscard]] std::int64_t total() const { return total_; }
   [[nodiscard]] std::int64_t last() const { return log_.empty() ? 0 : log_.back().at; }
@@ -138,8 +137,16 @@ class WindowState {
     return std::visit([&](const auto& w) { return w.full_after(quota, now); }, state_);
   }
   // Acts only while `stamp` is the total; returns the total, new or not.
-  std::int64_t refund(Quota quota, std::int64_t cost, std::int64_t stamp) {
-    return std::visit([&](auto& w) { return w.refund(quota, cost, stamp); }, state_);
+  std::int64_t refund(std::int64_t cost, std::int64_t stamp) {
+    return std::visit([&](auto& w) { return w.refund(cost, stamp); }, state_);
+  }
+  // After a refund that left a calendar window without units: back to the window before, or waiters who
+  // left would block the limit for windows to come. What lies before that one is not kept and taken as
+  // full: exact for fixed_window where every cost is 1, elsewhere at worst too careful, for a window or
+  // two. Not part of the sums that all stores share.
+  void fall_back(Quota quota) {
+    if (auto* fixed = std::get_if<FixedWindow>(&state_)) return fixed->fall_back(quota);
+    if (auto* counter = std::get_if<SlidingCounter>(&state_)) counter->fall_back(quota);
   }
   // Charges more than was dealt (which may exceed the limit), or gives back, down to nothing.
   void settle(Quota quota, std::int64_t now, std::int64_t delta) {
