@@ -224,6 +224,7 @@ store::Peek deal_peek(const limits::Params& params, const PeekAnswer& answer) {
     out.retry_after = answer.wait > rate.margin ? nanos(answer.wait - rate.margin) : 0;
   } else if (params.has_rate()) {
     out.available = answer.now.remaining;
+    out.used = params.limit - out.available;
     out.full_after = nanos(answer.now.full_after);
     out.retry_after = nanos(answer.wait);
   }
