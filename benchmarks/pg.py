@@ -1,4 +1,4 @@
-"""What the PostgreSQL benchmarks share: the server, the hand-written statement, the C program, and load.
+"""What the PostgreSQL benchmarks share: the server, the hand-written statement, the C program.
 
 The server is started by ourselves with fsync on, and everybody reaches it over the same Unix socket. The
 table is the one printed in the documentation, with its index on `updated_at`.
@@ -6,7 +6,6 @@ table is the one printed in the documentation, with its index on `updated_at`.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import re
@@ -14,11 +13,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from benchmarks.load import Load
 from ratesync.testing import PostgresServer
 
 KEYS = 10_000
@@ -127,58 +126,6 @@ class Floor:
 
     def close(self) -> None:
         self._directory.cleanup()
-
-
-# Load from asyncio ----------------------------------------------------------------------------------
-
-
-class Load:
-    """What a load reached: operations per second, and the latency of those that were watched, in seconds."""
-
-    def __init__(self, rate: float, p50: float, p99: float, operations: int) -> None:
-        self.rate = rate
-        self.p50 = p50
-        self.p99 = p99
-        self.operations = operations
-
-
-async def drive(operation: Callable[[int], Awaitable[object]], tasks: int, seconds: float) -> Load:
-    """`tasks` tasks repeat `operation(serial number)` for `seconds`. One task of ten watches the clock."""
-    stop = False
-    done = 0
-    serial = 0
-    latencies: list[int] = []
-    clock = time.perf_counter_ns
-
-    async def blind() -> None:
-        nonlocal done, serial
-        while not stop:
-            serial += 1
-            await operation(serial)
-            done += 1
-
-    async def watching() -> None:
-        nonlocal done, serial
-        while not stop:
-            serial += 1
-            begin = clock()
-            await operation(serial)
-            latencies.append(clock() - begin)
-            done += 1
-
-    def end() -> None:
-        nonlocal stop
-        stop = True
-
-    asyncio.get_running_loop().call_later(seconds, end)
-    begin = clock()
-    await asyncio.gather(*((blind if number % 10 else watching)() for number in range(tasks)))
-    elapsed = (clock() - begin) / 1e9
-    latencies.sort()
-    last = len(latencies) - 1
-    return Load(
-        done / elapsed, latencies[last // 2] / 1e9, latencies[last - len(latencies) // 100] / 1e9, done
-    )
 
 
 def server_version(started: PostgresServer) -> str:

@@ -23,7 +23,8 @@ from urllib.parse import urlsplit
 
 import ratesync
 from benchmarks import pg
-from benchmarks.pg import HOT, KEYS, Load
+from benchmarks.load import Load, drive
+from benchmarks.pg import HOT, KEYS
 from benchmarks.report import Goal, Report, Spread, Table, integer, micros, progress, ratios, times
 
 TASKS = (1, 10, 100, 1000)
@@ -75,7 +76,7 @@ class _Ours:
             return acquire(name, key=keys[serial % KEYS])
 
         before = await store.stats()
-        result = await pg.drive(hot if kind == "hot" else keyed, tasks, seconds)
+        result = await drive(hot if kind == "hot" else keyed, tasks, seconds)
         after = await store.stats()
         sent = tuple(after[counter] - before[counter] for counter in ("statements", "round_trips"))
         self.stats.setdefault(cell, []).append((result.operations, *sent))
@@ -102,7 +103,7 @@ async def _asyncpg_load(pool: object, kind: str, tasks: int, seconds: float) -> 
     def keyed(serial: int) -> Awaitable[object]:
         return fetch(statement, f"key-{serial % KEYS}")  # type: ignore[no-any-return]
 
-    return await pg.drive(hot if kind == "hot" else keyed, tasks, seconds)
+    return await drive(hot if kind == "hot" else keyed, tasks, seconds)
 
 
 def run(quick: bool) -> Report:
