@@ -8,7 +8,7 @@ import sys
 
 from benchmarks.report import Report, provenance, save
 
-ALL = ("memory", "footprint", "counts", "postgres", "lawful")
+ALL = ("memory", "footprint", "counts", "postgres", "redis", "lawful")
 
 
 def main() -> int:

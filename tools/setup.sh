@@ -65,6 +65,10 @@ find_missing() {
     need_command clang-format clang-format
     need_command clang-tidy clang-tidy ;;
   esac
+  case $verb in bench|all)
+    need_command redis-tools redis-benchmark
+    need_file libfaketime '/usr/lib/*/faketime/libfaketime.so.1' ;;
+  esac
   case $verb in test-all|all) need_command maven mvn ;; esac
 }
 
