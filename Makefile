@@ -16,7 +16,7 @@ CXX_FILES = $(shell find cpp tests/cpp benchmarks -name '*.h' -o -name '*.cc')
 
 help:
 	@echo "make setup      everything all verbs need"
-	@echo "make demo       200 tasks against a server that answers 429 above its limit (STORE=postgres: 4 processes)"
+	@echo "make demo       200 tasks against a server that answers 429 above its limit (STORE=postgres or redis: 4 processes)"
 	@echo "make test       C++ and Python tests            (PYTEST_ARGS='-k name' for some)"
 	@echo "make test-all   + sanitizers, PostgreSQL 12-18, other Pythons, asyncio debug mode, uvloop"
 	@echo "make lint       formatting, clang-tidy, ruff, mypy, layers        make fmt: apply the formatting"
@@ -27,7 +27,7 @@ setup:
 	tools/setup.sh all
 
 demo:
-	tools/setup.sh $(if $(filter-out memory,$(STORE)),demo-$(STORE),demo)
+	tools/setup.sh $(if $(filter memory,$(STORE)),demo,demo-$(STORE))
 	$(PY) examples/demo.py --store $(STORE)
 
 test: test-cpp test-python

@@ -2,6 +2,7 @@
 
     python examples/demo.py                    # one process, limits in memory
     python examples/demo.py --store postgres   # four processes share one limit through PostgreSQL
+    python examples/demo.py --store redis      # the same through Redis
 
 The server is a real one, on localhost, with a limit of its own: RATE requests per second, counted by a
 token bucket that forgives JITTER seconds of network and scheduling delay and nothing else. Whatever
@@ -59,7 +60,9 @@ async def call_for(seconds: float, tasks: int, server: str) -> list[float]:
 
 def run_worker(server: str, store_url: str, tasks: int, seconds: float) -> None:
     """One process of callers: configures the limit, waits for the start signal, prints its waits."""
-    if store_url:
+    if store_url.startswith("redis"):
+        configure_store("shared", engine="redis", url=store_url)
+    elif store_url:
         configure_store("shared", engine="postgres", url=store_url, auto_create=True)
     else:
         configure_store("shared", engine="memory")
@@ -149,9 +152,16 @@ async def show(server: Server, console: Console) -> None:
 
 @contextlib.contextmanager
 def store_for(kind: str, console: Console) -> Iterator[str]:
-    """The URL of a PostgreSQL server started for the demo, or nothing for the memory store."""
+    """The URL of a server started for the demo, or nothing for the memory store."""
     if kind == "memory":
         yield ""
+        return
+    if kind == "redis":
+        from ratesync.testing import RedisServer
+
+        with RedisServer() as redis:
+            console.print("a Redis server was started for the demo")
+            yield redis.url
         return
     from ratesync.testing import PostgresServer
 
@@ -163,7 +173,7 @@ def store_for(kind: str, console: Console) -> Iterator[str]:
 
 
 async def run(kind: str, console: Console) -> int:
-    processes = 4 if kind == "postgres" else 1
+    processes = 1 if kind == "memory" else 4
     server = Server()
     with store_for(kind, console) as store_url:
         async with server.listening() as address:
@@ -230,7 +240,7 @@ def report(kind: str, server: Server, waits: list[float], console: Console) -> i
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="call a rate limited server at its limit, without a 429")
-    parser.add_argument("--store", choices=("memory", "postgres"), default="memory")
+    parser.add_argument("--store", choices=("memory", "postgres", "redis"), default="memory")
     parser.add_argument("--worker", nargs=3, metavar=("SERVER", "STORE_URL", "TASKS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
