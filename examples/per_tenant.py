@@ -1,6 +1,6 @@
 """A limit for everybody together, one for each tenant, and a higher one for those who pay.
 
-    python examples/per_tenant.py
+python examples/per_tenant.py
 """
 
 import asyncio
