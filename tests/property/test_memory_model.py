@@ -98,9 +98,9 @@ class Group:
         call.stamp = tat
         return 0 if wait <= self.margin else min(wait, patience)
 
-    def give_back(self, cost: int, stamp: int) -> None:
+    def give_back(self, call: Call, stamp: int) -> None:
         if stamp == self.tat:
-            self.tat -= cost * self.interval
+            self.tat -= call.cost * self.interval
 
     def forget(self) -> None:
         self.tat = 0
@@ -157,7 +157,7 @@ class Group:
                 theirs.append(spare)
                 theirs.sort(key=lambda slot: slot.at)
                 spare = theirs.pop()
-            self.give_back(call.cost, spare.stamp)
+            self.give_back(call, spare.stamp)
         call.end("cancelled", now)
         self.free(call, now)
 
@@ -236,10 +236,10 @@ class WindowGroup(Group):
         call.stamp = said["stamp"]
         return said["wait"] if said["granted"] else None
 
-    def give_back(self, cost: int, stamp: int) -> None:
+    def give_back(self, call: Call, stamp: int) -> None:
         if stamp == self.model.total:
-            self.model.refund(cost, stamp)
-            self.model.fall_back(self.limit, self.window)
+            self.model.refund(call.cost, stamp)
+            self.model.fall_back(call.limit, self.window)
 
     def forget(self) -> None:
         self.model = MODELS[self.algorithm]()
