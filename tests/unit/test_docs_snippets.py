@@ -80,6 +80,7 @@ def test_toml_blocks_are_valid_configurations(
     ("heading", "options"),
     [
         ('`[stores.<id>]`, engine `"postgres"`', _schemas.PostgresOptions),
+        ('`[stores.<id>]`, engine `"redis"`', _schemas.RedisOptions),
         ("`[limiters.<id>]`", _schemas.LimiterOptions),
     ],
 )
