@@ -34,11 +34,10 @@ def _resident() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _ratesync(count: int, key: object, slots: bool) -> None:
+def _ratesync(count: int, key: object, **options: object) -> None:
     import ratesync
 
-    bound = {"max_concurrent": 1} if slots else {}
-    ratesync.configure_limiter("api", rate_per_second=0.001, timeout=0, **bound)  # type: ignore[arg-type]
+    ratesync.configure_limiter("api", rate_per_second=0.001, timeout=0, **options)  # type: ignore[arg-type]
     acquire = ratesync.acquire
     with acquire("api"):
         pass
@@ -108,10 +107,17 @@ def _end(count: int) -> None:
     print(json.dumps((_resident() - _before) / count))
 
 
+def _window(count: int, algorithm: str) -> None:
+    _ratesync(count, SHORT, algorithm=algorithm, limit=1, window_seconds=30 * 86_400)
+
+
 CONTENDERS = {
-    "ratesync, 13-character keys": lambda count: _ratesync(count, SHORT, False),
-    "ratesync, 36-character keys (UUID)": lambda count: _ratesync(count, LONG, False),
-    "ratesync, rate and max_concurrent": lambda count: _ratesync(count, SHORT, True),
+    "ratesync, 13-character keys": lambda count: _ratesync(count, SHORT),
+    "ratesync, 36-character keys (UUID)": lambda count: _ratesync(count, LONG),
+    "ratesync, rate and max_concurrent": lambda count: _ratesync(count, SHORT, max_concurrent=1),
+    "ratesync, sliding_window with one grant": lambda count: _window(count, "sliding_window"),
+    "ratesync, sliding_counter": lambda count: _window(count, "sliding_counter"),
+    "ratesync, fixed_window": lambda count: _window(count, "fixed_window"),
     f"throttled-py {version('throttled-py')}, GCRA": lambda count: _throttled(count, SHORT),
     f"limits {version('limits')}, fixed window": lambda count: _limits(count, SHORT),
     f"aiolimiter {version('aiolimiter')}, one object per key": lambda count: _aiolimiter(count, SHORT),
@@ -150,7 +156,7 @@ def run(quick: bool) -> Report:
     goals = [
         Goal(f"{name}: bytes", spread.median, 200, form=integer)
         for name, spread in spreads.items()
-        if name.startswith("ratesync")
+        if name.startswith("ratesync") and "window" not in name and "counter" not in name
     ]
     data = {name: spread.as_json() for name, spread in spreads.items()}
     return Report("footprint", [table], goals, [f"{rounds} rounds; one process per figure"], data)

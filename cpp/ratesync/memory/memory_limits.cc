@@ -32,12 +32,10 @@ void MemoryStore::touch(CellWindow& window, const limits::Params& params, Nanos 
 }
 
 // Reads the clock under the lock: with a time from before, one that came second would find a slot a
-// moment ahead, and be refused although there is room.
+// moment ahead, and be refused although there is room. Slots were looked at before.
 QuickReply MemoryStore::decide_window(Cell& cell, const store::Group& group, std::int64_t cost) {
   const limits::Params& params = group.params;
   const Nanos now = clock_.now();
-  if (params.has_concurrency() && (cell.active >= params.max_concurrent || cell.waiters > 0))
-    return {Quick::refused, Verdict::concurrency_full, 0, now, 0};
   CellWindow& window = window_of(cell, params, now);
   const limits::WindowDeal deal = window.state.take(quota_of(params), clock_.wall(now), cost, 0);
   if (!deal.granted) return {Quick::refused, Verdict::rate_limited, deal.wait, now, 0};

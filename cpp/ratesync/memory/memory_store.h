@@ -170,13 +170,13 @@ class MemoryStore final : public store::Store, public store::LimitStore {
 inline QuickReply MemoryStore::decide_now(Cell& cell, const store::Group& group, std::int64_t cost,
                                           Nanos now) {
   const limits::Params& params = group.params;
-  if (params.is_window()) [[unlikely]]
-    return decide_window(cell, group, cost);
   if (params.has_concurrency() && (cell.active >= params.max_concurrent || cell.waiters > 0))
     return {Quick::refused, store::Verdict::concurrency_full, 0, now, 0};
-  if (params.rate_per_second > 0) {
+  if (group.pace.unit > 0) {  // a token bucket, told by an integer
     const Nanos wait = limits::take_now(params, group.pace, &cell.tat, now, cost);
     if (wait > 0) return {Quick::refused, store::Verdict::rate_limited, wait, now, 0};
+  } else if (params.is_window()) {
+    return decide_window(cell, group, cost);
   }
   if (params.has_concurrency()) ++cell.active;
   ++cell.version;
