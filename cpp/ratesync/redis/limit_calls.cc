@@ -111,6 +111,7 @@ void RedisLimitStore::take_along(Flight& flight, Line& line, std::size_t group) 
 }
 
 void RedisLimitStore::board_lines(Flights& open) {
+  if (open.empty() && flights_ >= options_.max_calls && !backend_.commander().clustered()) return;
   while (!ready_.empty()) {
     const auto [id, line] = ready_.front();
     const bool empty = std::all_of(line->pending.begin(), line->pending.end(),
