@@ -3,8 +3,10 @@
 
 #include <algorithm>
 #include <array>
+#include <iterator>
 #include <map>
 #include <set>
+#include <sstream>
 
 #include "ratesync/redis/cluster.h"
 #include "ratesync/redis/slots.h"
@@ -146,6 +148,26 @@ class RedisClusterTest : public RedisTest {
   void own(int slot, int node) {
     const std::string owner = id(node);
     for (int i : {node, 0, 1, 2}) say(i, {"CLUSTER", "SETSLOT", std::to_string(slot), "NODE", owner});
+    // The next move has to start from an epoch that is known to all: two nodes that take one each
+    // without having heard of each other settle it by dropping a slot, and its keys with it.
+    ASSERT_TRUE(wait_until([&] {
+      const auto first = epochs(0);
+      return first.size() >= 3 && first == epochs(1) && first == epochs(2);
+    }));
+  }
+  // Of the primaries, as one node knows them; empty while two are the same.
+  std::map<std::string, std::string> epochs(int node) {
+    std::map<std::string, std::string> of;
+    std::set<std::string> distinct;
+    std::istringstream lines(text(say(node, {"CLUSTER", "NODES"})));
+    for (std::string line; std::getline(lines, line);) {
+      std::istringstream words(line);
+      std::vector<std::string> word{std::istream_iterator<std::string>(words), {}};
+      if (word.size() < 8 || word[2].find("master") == std::string::npos) continue;
+      of[word[0]] = word[6];
+      distinct.insert(word[6]);
+    }
+    return distinct.size() == of.size() ? of : decltype(of){};
   }
 
   std::vector<std::shared_ptr<Connection>> control_;
