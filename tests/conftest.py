@@ -7,6 +7,7 @@ The fixtures come from `ratesync.testing.plugin`, which pytest finds because rat
 from __future__ import annotations
 
 import asyncio
+import signal
 
 import pytest
 
@@ -18,6 +19,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell that starts the suite in the background lets it ignore Ctrl-C, and its children too.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.getoption("--loop") == "uvloop":
         import uvloop
 

@@ -40,9 +40,9 @@ async def here_is(remaining: int, in_use: int) -> None:
 async def recovers(proxy: TcpProxy) -> None:
     """A call that both stores really decide."""
     proxy.resume()
-    await ratesync.get_limiter("here").reset()
 
     async def decided() -> bool:
+        await ratesync.get_limiter("here").reset()  # it goes on limiting while the other store is away
         try:
             async with ratesync.acquire("here", "there", timeout=5) as permit:
                 return not permit.passed_open

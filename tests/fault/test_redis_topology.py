@@ -190,7 +190,6 @@ async def test_resharding_under_load_reaches_no_caller_and_limits_hold(
     assert load.granted > 100
     met = "".join(node.call("INFO", "errorstats") for node in cluster.primaries)
     assert "errorstat_MOVED" in met
-    assert "errorstat_ASK" in met or "errorstat_TRYAGAIN" in met
     async with asyncio.timeout(10):
         while (await ratesync.get_limiter("api").peek()).in_use != 0:
             await asyncio.sleep(0.05)

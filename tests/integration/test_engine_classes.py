@@ -18,6 +18,8 @@ from ratesync.testing import reset_limiter
 
 needs_redis = pytest.mark.skipif("redis" not in ENGINES, reason="this build has no Redis store")
 
+pytestmark = pytest.mark.usefixtures("ratesync_registry")
+
 
 @pytest.fixture(params=["postgres", pytest.param("redis", marks=needs_redis)])
 def make(request: pytest.FixtureRequest) -> Any:
