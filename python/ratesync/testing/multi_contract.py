@@ -36,6 +36,9 @@ MIXED: dict[str, dict[str, Any]] = {
     "bucket": {"rate_per_second": SLOW, "burst": 9},
     "slots": {"max_concurrent": 9},
     "both": {"rate_per_second": SLOW, "burst": 9, "max_concurrent": 9},
+    "fixed": {"algorithm": "fixed_window", "limit": 9, "window_seconds": 86_400 * 30},
+    "counter": {"algorithm": "sliding_counter", "limit": 9, "window_seconds": 86_400 * 30},
+    "log": {"algorithm": "sliding_window", "limit": 9, "window_seconds": 86_400},
 }
 
 CHILD = """if True:
