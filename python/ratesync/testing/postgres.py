@@ -17,7 +17,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote, urlencode, urlsplit, urlunsplit
 
+from ratesync.testing._server import ServerLog, free_port
 from ratesync.testing._sql import execute
 
 __all__ = ["ExternalPostgres", "PostgresNotFoundError", "PostgresServer"]
@@ -129,7 +129,7 @@ class ExternalPostgres(_Databases):
         """Nothing: the server is not ours."""
 
 
-class PostgresServer(_Databases):
+class PostgresServer(ServerLog, _Databases):
     """One PostgreSQL server of our own.
 
     Args:
@@ -197,7 +197,7 @@ class PostgresServer(_Databases):
                 if "shared memory" in str(failure) and attempt < 19:
                     time.sleep(0.1)
                 elif "Address already in use" in str(failure) and attempt < 5:
-                    self.port = _free_port()
+                    self.port = free_port()
                 else:
                     raise RuntimeError(f"PostgreSQL did not start; its log:\n{failure}") from None
         raise AssertionError("not reached")
@@ -288,7 +288,7 @@ class PostgresServer(_Databases):
         database = database or "postgres"
         user = quote(user if user is not None else _SUPERUSER, safe="")
         if socket:
-            parameters |= {"host": str(self._directory()), "port": str(self.port)}
+            parameters |= {"host": str(self._where()), "port": str(self.port)}
             return f"postgresql://{user}@/{database}?{urlencode(parameters)}"
         query = f"?{urlencode(parameters)}" if parameters else ""
         return f"postgresql://{user}@{self.host}:{self.port}/{database}{query}"
@@ -304,20 +304,9 @@ class PostgresServer(_Databases):
         """Whether the server process lives."""
         return self._process is not None and self._process.poll() is None
 
-    def log(self, lines: int = 40, since: int = 0) -> str:
-        """The end of the server's log, of what came after it had `since` bytes."""
-        path = self._directory() / "log"
-        text = path.read_bytes()[since:].decode(errors="replace") if path.exists() else ""
-        return "\n".join(text.splitlines()[-lines:])
-
-    def log_size(self) -> int:
-        """Bytes in the server's log, for `log(since=...)`."""
-        path = self._directory() / "log"
-        return path.stat().st_size if path.exists() else 0
-
     # Inside ---------------------------------------------------------------------------------------
 
-    def _directory(self) -> Path:
+    def _where(self) -> Path:
         if self._home is None:
             raise RuntimeError("the PostgreSQL server was not started, or is closed")
         return self._home
@@ -332,7 +321,7 @@ class PostgresServer(_Databases):
         self._guard = subprocess.Popen(
             ["sh", "-c", _GUARD, "sh", str(home)], stdin=subprocess.PIPE, start_new_session=True
         )
-        self.port = _free_port()
+        self.port = free_port()
         return home
 
     def _initialize(self) -> None:
@@ -342,7 +331,7 @@ class PostgresServer(_Databases):
         self._configure()
 
     def _configure(self) -> None:
-        home = self._directory()
+        home = self._where()
         lines = [f"{name} = '{value}'" for name, value in self._settings.items()]
         with (home / "data" / "postgresql.conf").open("a") as conf:
             conf.write("\n" + "\n".join(lines) + "\n")
@@ -350,7 +339,7 @@ class PostgresServer(_Databases):
     def _run(self, command: list[str]) -> None:
         done = subprocess.run(
             [self.bin_dir / command[0], *command[1:]],
-            cwd=self._directory(),
+            cwd=self._where(),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -360,7 +349,7 @@ class PostgresServer(_Databases):
             raise RuntimeError(f"{command[0]} failed ({done.returncode}):\n{done.stdout}{done.stderr}")
 
     def _launch(self) -> None:
-        home = self._directory()
+        home = self._where()
         options = {
             "port": self.port,
             "listen_addresses": self.host,
@@ -410,12 +399,6 @@ def _server_identity() -> dict[str, Any]:
     raise PostgresNotFoundError(
         "running as root, and there is no user postgres or nobody to run the server as"
     )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _is_ready(pid_file: Path, pid: int) -> bool:

@@ -27,6 +27,7 @@ from typing import Any
 from urllib.parse import quote, unquote, urlencode, urlsplit
 
 from ratesync.testing._resp import Argument, RespConnection, RespError
+from ratesync.testing._server import ServerLog, free_port
 
 __all__ = ["ExternalRedis", "RedisNotFoundError", "RedisServer"]
 
@@ -128,7 +129,7 @@ class ExternalRedis:
         """Nothing: the server is not ours."""
 
 
-class RedisServer:
+class RedisServer(ServerLog):
     """One Redis server of our own, which keeps nothing on disk unless asked to.
 
     Args:
@@ -311,17 +312,6 @@ class RedisServer:
             connection.call("FLUSHALL")
             connection.call("SCRIPT", "FLUSH")
 
-    def log(self, lines: int = 40, since: int = 0) -> str:
-        """The end of the server's log, of what came after it had `since` bytes."""
-        path = self._where() / "log"
-        text = path.read_bytes()[since:].decode(errors="replace") if path.exists() else ""
-        return "\n".join(text.splitlines()[-lines:])
-
-    def log_size(self) -> int:
-        """Bytes in the server's log, for `log(since=...)`."""
-        path = self._where() / "log"
-        return path.stat().st_size if path.exists() else 0
-
     # Inside ---------------------------------------------------------------------------------------
 
     def _where(self) -> Path:
@@ -428,14 +418,10 @@ def quoted(text: str) -> str:
     return '"' + "".join(c if c.isalnum() else "".join(f"\\x{b:02x}" for b in c.encode()) for c in text) + '"'
 
 
-def free_port(*, cluster: bool = False) -> int:
-    """A free port of 127.0.0.1; for a Cluster's node also the one 10,000 higher, for its bus."""
+def cluster_port() -> int:
+    """A free port of 127.0.0.1 for a Cluster's node; the one 10,000 higher, for its bus, is free too."""
     for _ in range(1000):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
-        if not cluster:
-            return port
+        port = free_port()
         with socket.socket() as bus, contextlib.suppress(OSError, OverflowError):
             port = port if port <= 55_535 else port - 20_000
             bus.bind(("127.0.0.1", port + 10_000))

@@ -21,7 +21,8 @@ from pathlib import Path
 from urllib.parse import quote, urlencode
 
 from ratesync.testing._resp import RespError
-from ratesync.testing.redis import RedisServer, _Home, free_port, make_certificates, quoted
+from ratesync.testing._server import free_port
+from ratesync.testing.redis import RedisServer, _Home, cluster_port, make_certificates, quoted
 
 __all__ = ["RedisCluster", "RedisSentinel"]
 
@@ -118,7 +119,7 @@ class RedisCluster(_Group):
         home = self._open()
         for number in range(3 * (1 + self._replicas)):
             server = RedisServer(
-                port=free_port(cluster=True),
+                port=cluster_port(),
                 password=self._password,
                 settings=self._settings,
                 tls=self._tls,
