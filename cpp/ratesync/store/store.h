@@ -12,6 +12,8 @@
 
 #include "ratesync/base/status.h"
 #include "ratesync/store/limit_store.h"
+#include "ratesync/store/lock_store.h"
+#include "ratesync/store/state_store.h"
 
 namespace ratesync::store {
 
@@ -79,6 +81,23 @@ class Store {
   [[nodiscard]] virtual bool down() const = 0;
 
   [[nodiscard]] virtual LimitStore* limits() { return nullptr; }
+
+  // One instance per prefix of tables or keys, made at the first call; it lives as long as the store. Any
+  // thread, no I/O. Code::invalid: the prefix is no good here (the message says what is), or the store
+  // cannot do it.
+  virtual Result<StateStore*> state(const std::string&) { return not_here("state"); }
+  virtual Result<LockStore*> locks(const std::string&) { return not_here("locks"); }
+  // As migrate(), for the tables of one prefix: state, timeouts and locks.
+  virtual void migrate_state(const std::string& prefix, bool dry_run,
+                             Callback<std::vector<MigrationStep>> done) {
+    (void)prefix, (void)dry_run;
+    done(std::vector<MigrationStep>{});
+  }
+
+ private:
+  static Status not_here(const char* what) {
+    return Status::make(Code::invalid, std::string("this store does not carry ") + what);
+  }
 };
 
 }  // namespace ratesync::store
