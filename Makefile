@@ -6,6 +6,8 @@ BUILD ?= build
 JOBS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 STORE ?= memory
 PYTEST_ARGS ?=
+# Files side by side, each worker with servers of its own: most tests wait for servers and clocks.
+WORKERS ?= $(shell expr $(JOBS) + 1)
 export VENV BUILD
 
 PY = $(VENV)/bin/python
@@ -17,7 +19,7 @@ CXX_FILES = $(shell find cpp tests/cpp benchmarks -name '*.h' -o -name '*.cc')
 help:
 	@echo "make setup      everything all verbs need"
 	@echo "make demo       200 tasks against a server that answers 429 above its limit (STORE=postgres or redis: 4 processes)"
-	@echo "make test       C++ and Python tests            (PYTEST_ARGS='-k name' for some)"
+	@echo "make test       C++ and Python tests            (PYTEST_ARGS='-k name' for some, WORKERS=0 one by one)"
 	@echo "make test-all   + sanitizers, PostgreSQL 12-18, other Pythons, asyncio debug mode, uvloop"
 	@echo "make lint       formatting, clang-tidy, ruff, mypy, layers        make fmt: apply the formatting"
 	@echo "make bench      benchmarks against peers        make docs: the documentation as a site"
@@ -40,7 +42,7 @@ test-cpp:
 
 test-python:
 	tools/setup.sh test
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 asan tsan:
 	tools/setup.sh test
