@@ -13,6 +13,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from typing import Any
 
 from ratesync import _core, errors
 from ratesync._core import (
@@ -31,6 +32,7 @@ from ratesync._core import Store as CoreStore
 __all__ = [
     "HAS_POSTGRES",
     "HAS_REDIS",
+    "KEEP",
     "CoreStore",
     "Engine",
     "Limiter",
@@ -46,6 +48,9 @@ __all__ = [
     "shutdown",
     "use_engine",
 ]
+
+# Of compare_and_swap: the running expiry stays.
+KEEP: Any = getattr(_core, "KEEP", ...)
 
 log = logging.getLogger("ratesync")
 lock = threading.RLock()

@@ -14,15 +14,28 @@ __all__ = [
     "AcquireTimeoutError",
     "ConfigFileNotFoundError",
     "ConfigValidationError",
+    "CounterOverflowError",
+    "IdempotencyError",
+    "IdempotencyMismatchError",
     "InDoubtError",
     "InternalError",
+    "LeaseLostError",
     "LimiterNotFoundError",
+    "LockError",
+    "LockLostError",
+    "LockTimeoutError",
+    "NotAnIntegerError",
     "OperationCancelledError",
+    "OperationFailedError",
+    "OperationInProgressError",
     "RateLimiterAcquisitionError",
     "RateLimiterAlreadyConfiguredError",
     "RateLimiterError",
     "RateLimiterNotConfiguredError",
     "RateLimiterNotInitializedError",
+    "RolledBackError",
+    "StaleVersionError",
+    "StateError",
     "StoreClosedError",
     "StoreError",
     "StoreExhaustedError",
@@ -205,6 +218,214 @@ class OperationCancelledError(StoreError):
     """The call was given up by its caller before it was executed."""
 
 
+class StateError(RateLimiterError):
+    """An operation on a key was executed and could not do what was asked; nothing changed."""
+
+
+class StaleVersionError(StateError):
+    """A write named a version that the key does not have. Read the key again, then decide anew.
+
+    Attributes:
+        expected: the version that the write named; 0: it was to create the key.
+        actual: the version that the key has; 0: there is no such key (any more).
+    """
+
+    def __init__(self, expected: int, actual: int) -> None:
+        self.expected = expected
+        self.actual = actual
+        if expected == 0:
+            problem = f"the key exists already, with version {actual}"
+        elif actual == 0:
+            problem = f"version {expected} was expected and the key does not exist (any more)"
+        else:
+            problem = f"version {expected} was expected and the key has version {actual}"
+        super().__init__(f"stale write: {problem}: read it with get_versioned() and decide anew")
+
+
+class NotAnIntegerError(StateError, TypeError):
+    """`increment` met a value that is no integer; text such as "5" is none. Also a TypeError.
+
+    Attributes:
+        key: the key concerned.
+    """
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        super().__init__(
+            f"the value of {key!r} is no integer, so increment() refused it: counters are made by it or "
+            "by set() with an int; delete the key, or use another key or kind for the counter"
+        )
+
+
+class CounterOverflowError(StateError, OverflowError):
+    """The sum of an `increment` does not fit into 64 bits. Also an OverflowError.
+
+    Attributes:
+        key: the key concerned.
+    """
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        super().__init__(
+            f"the counter {key!r} would leave the 64 bits from -2**63 to 2**63-1: set() a new start"
+        )
+
+
+class RolledBackError(StateError):
+    """`many(atomic=True)` did nothing, because one of its operations could not be done.
+
+    Attributes:
+        outcomes: one entry for each operation, in order: what it would have answered, or the error that made
+            the whole roll back.
+    """
+
+    def __init__(self, outcomes: list[Any]) -> None:
+        self.outcomes = outcomes
+        reasons = [f"operation {n}: {one}" for n, one in enumerate(outcomes) if isinstance(one, Exception)]
+        super().__init__(
+            f"nothing of the {len(outcomes)} operations was executed"
+            + (f": {'; '.join(reasons)}" if reasons else "")
+        )
+
+
+class LockError(RateLimiterError):
+    """Base of what concerns locks.
+
+    Attributes:
+        name: the lock.
+    """
+
+    name: str
+
+
+class LockTimeoutError(LockError, TimeoutError):
+    """Somebody else held the lock until the timeout. Also a TimeoutError.
+
+    Attributes:
+        name: the lock.
+        holder: who holds it (host, process, application), None where unknown.
+        remaining: seconds until the holder's lease is over unless it is renewed, None where unknown.
+    """
+
+    retryable = True
+
+    def __init__(
+        self, name: str, timeout: float = 0.0, holder: str | None = None, remaining: float | None = None
+    ) -> None:
+        self.name = name
+        self.holder = holder
+        self.remaining = remaining
+        by = f" by {holder}" if holder else ""
+        until = (
+            "" if remaining is None else f", whose lease ends in {max(remaining, 0.0):.3g} s unless renewed"
+        )
+        super().__init__(
+            f"lock {name!r} was not free within {timeout:g} s: it is held{by}{until}: wait longer "
+            "(timeout=), or see `ratesync locks`"
+        )
+
+
+class LockLostError(LockError):
+    """The lock was lost while its body ran: somebody else may have held it meanwhile.
+
+    Attributes:
+        name: the lock.
+        token: the fencing token under which it was held.
+    """
+
+    def __init__(self, name: str, token: int) -> None:
+        self.name = name
+        self.token = token
+        super().__init__(
+            f"lock {name!r} (token {token}) was lost before its body ended: its lease was over, or it was "
+            "broken, so another holder may have run at the same time; have writes refused by token (fencing)"
+        )
+
+
+class IdempotencyError(RateLimiterError):
+    """Base of what concerns idempotent operations.
+
+    Attributes:
+        key: the idempotency key.
+    """
+
+    key: str
+
+
+class IdempotencyMismatchError(IdempotencyError):
+    """The key was used before with another fingerprint: this is another request under the same key.
+
+    Attributes:
+        key: the idempotency key.
+        status_code: 422, which fits as an HTTP answer.
+    """
+
+    status_code = 422
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        super().__init__(
+            f"idempotency key {key!r} was used with another fingerprint: use a new key for a new request, "
+            "and derive the fingerprint from what makes two requests the same"
+        )
+
+
+class OperationInProgressError(IdempotencyError):
+    """Another caller runs the operation right now.
+
+    Attributes:
+        key: the idempotency key.
+        retry_after: seconds after which asking again makes sense.
+        status_code: 409, which fits as an HTTP answer.
+    """
+
+    retryable = True
+    status_code = 409
+
+    def __init__(self, key: str, retry_after: float, waited: float | None = None) -> None:
+        self.key = key
+        self.retry_after = retry_after
+        since = "" if waited is None else f" and did not end within {waited:g} s"
+        super().__init__(
+            f"the operation {key!r} is running elsewhere{since}: try again in {retry_after:.3g} s, or wait "
+            "for its result with wait="
+        )
+
+
+class OperationFailedError(IdempotencyError):
+    """An earlier call failed, and its failure was kept (`on_error="keep"`).
+
+    Attributes:
+        key: the idempotency key.
+        reason: type and message of the exception that ended it.
+    """
+
+    def __init__(self, key: str, reason: str) -> None:
+        self.key = key
+        self.reason = reason
+        super().__init__(
+            f"the operation {key!r} failed before and the failure is kept: {reason}: use a new key, or "
+            "forget it with forget_idempotent()"
+        )
+
+
+class LeaseLostError(IdempotencyError):
+    """The result could not be committed: the lease had been lost, and somebody else took over.
+
+    Attributes:
+        key: the idempotency key.
+        happened: what was found in place of this caller's record.
+    """
+
+    def __init__(self, key: str, happened: str) -> None:
+        self.key = key
+        self.happened = happened
+        super().__init__(
+            f"the result of {key!r} was not stored: {happened}. What this caller did may be done twice: "
+            "give it a longer lease=, or commit in the same transaction as its effects (commit_in)"
+        )
+
+
 class InternalError(RateLimiterError):
     """A bug of ratesync. Please report it with the message."""
 
@@ -336,3 +557,8 @@ def from_invalid(
 ) -> ConfigValidationError:
     """The exception for an argument that the engine refused."""
     return ConfigValidationError(message, field or None, expected or None, received or None)
+
+
+def from_counter(reason: str, key: str) -> StateError:
+    """The exception for an increment that was refused: reason `not_integer` or `overflow`."""
+    return CounterOverflowError(key) if reason == "overflow" else NotAnIntegerError(key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 
 import pytest
 
@@ -150,3 +151,37 @@ def test_table_headers_in_messages_are_valid_toml(name: str, key: str) -> None:
 
     assert errors.toml_key(name) == key
     assert tomllib.loads(f"{key} = 1") == {name: 1}
+
+
+STATE_ERRORS = [
+    (errors.StaleVersionError(3, 5), "version 3 was expected and the key has version 5"),
+    (errors.StaleVersionError(0, 5), "exists already, with version 5"),
+    (errors.StaleVersionError(3, 0), "does not exist"),
+    (errors.NotAnIntegerError("visits"), "'visits' is no integer"),
+    (errors.CounterOverflowError("visits"), "64 bits"),
+    (errors.RolledBackError([1, errors.StaleVersionError(3, 5)]), "operation 1: stale write"),
+    (errors.LockTimeoutError("invoice-42", 10.0, "db1:77 worker", 4.5), "held by db1:77 worker.*4.5 s"),
+    (errors.LockTimeoutError("invoice-42"), "within 0 s"),
+    (errors.LockLostError("invoice-42", 7), "token 7.*fencing"),
+    (errors.IdempotencyMismatchError("charge-42"), "another fingerprint.*new key"),
+    (errors.OperationInProgressError("charge-42", 1.0), "try again in 1 s"),
+    (errors.OperationFailedError("charge-42", "ValueError: no"), "ValueError: no"),
+    (errors.LeaseLostError("charge-42", "taken over"), "taken over.*lease="),
+]
+
+
+@pytest.mark.parametrize(("error", "text"), STATE_ERRORS, ids=lambda value: type(value).__name__)
+def test_errors_of_state_and_locks_say_the_cure_and_cross_processes(error: Exception, text: str) -> None:
+    assert re.search(text, str(error), re.S)
+    copy = pickle.loads(pickle.dumps(error))
+    assert (type(copy), str(copy)) == (type(error), str(error))
+    assert copy.__dict__.keys() == error.__dict__.keys()
+
+
+def test_errors_of_state_are_of_the_builtin_kinds_that_callers_expect() -> None:
+    assert issubclass(errors.LockTimeoutError, TimeoutError)
+    assert issubclass(errors.NotAnIntegerError, TypeError)
+    assert issubclass(errors.CounterOverflowError, OverflowError)
+    assert isinstance(errors.from_counter("overflow", "k"), errors.CounterOverflowError)
+    assert isinstance(errors.from_counter("not_integer", "k"), errors.NotAnIntegerError)
+    assert errors.OperationInProgressError("k", 1.0).status_code == 409
