@@ -115,6 +115,9 @@ class Connection : public std::enable_shared_from_this<Connection> {
 std::string array_of_text(const std::vector<std::string_view>& values);  // {"a","b"}, quoted and escaped
 std::string array_of_int(const std::vector<std::int64_t>& values);
 
+// Characters of valid UTF-8 without NUL, or -1.
+std::ptrdiff_t utf8_length(std::string_view text);
+
 // PostgreSQL identifier: quoted, embedded quotes doubled. The length and NUL are checked by
 // check_identifier, with a message that names the option.
 std::string quote_identifier(std::string_view name);

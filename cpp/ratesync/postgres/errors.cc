@@ -28,20 +28,19 @@ std::string grantee(const ErrorContext& c) { return c.user.empty() ? "<user>" : 
 // What to do, as sentences; empty where nothing general can be said.
 std::string cure(std::string_view sqlstate, const ErrorContext& c) {
   if (sqlstate == "42P01" || sqlstate == "3F000")
-    return fmt::format(
-        "Table {} is missing{}: set auto_create = true or run `ratesync migrate`, and check table_name and "
-        "schema_name.",
-        relation(c), c.database.empty() ? "" : " in database " + quoted(c.database));
+    return fmt::format("Table {} is missing{}: set auto_create = true or run `{}`, and check {}.",
+                       relation(c), c.database.empty() ? "" : " in database " + quoted(c.database), c.migrate,
+                       c.options);
   if (sqlstate == "42703" || sqlstate == "42883" || sqlstate == "42804")
     return fmt::format(
-        "The layout of {} is not the expected one: `ratesync doctor` says what differs, `ratesync migrate` "
+        "The layout of {} is not the expected one: `ratesync doctor` says what differs, `{}` "
         "adds what is missing.",
-        relation(c));
+        relation(c), c.migrate);
   if (sqlstate == "42501")
     return fmt::format(
-        "Let an owner run: {}GRANT SELECT, INSERT, UPDATE ON {} TO {};",
+        "Let an owner run: {}GRANT {} ON {} TO {};",
         c.schema.empty() ? "" : fmt::format("GRANT USAGE ON SCHEMA {} TO {}; ", quoted(c.schema), grantee(c)),
-        c.table.empty() ? "<table>" : relation(c), grantee(c));
+        c.privileges, c.table.empty() ? "<table>" : relation(c), grantee(c));
   if (sqlstate == "28P01" || sqlstate == "28000")
     return fmt::format("Check user and password in the url (host {}, database {}, user {}) and pg_hba.conf.",
                        where(c), quoted(c.database), quoted(c.user));

@@ -19,6 +19,10 @@ struct ErrorContext {
   std::string user;
   std::string schema;
   std::string table;
+  // What the table's name is made of, what its user needs, and what makes it.
+  std::string options = "table_name and schema_name";
+  std::string privileges = "SELECT, INSERT, UPDATE";
+  std::string migrate = "ratesync migrate";
 };
 
 // The server's own refusal. Code::unavailable when the session or the server is going away or full

@@ -18,30 +18,6 @@ namespace {
 
 constexpr std::size_t kGroupCharacters = 255;  // VARCHAR(255)
 
-// Characters of valid UTF-8 without NUL, or -1.
-std::ptrdiff_t utf8_length(std::string_view text) {
-  std::ptrdiff_t count = 0;
-  for (std::size_t i = 0; i < text.size(); ++count) {
-    const auto lead = static_cast<unsigned char>(text[i]);
-    const std::size_t size = lead < 0x80                   ? 1
-                             : lead >= 0xC2 && lead < 0xE0 ? 2
-                             : (lead & 0xF0) == 0xE0       ? 3
-                             : lead >= 0xF0 && lead < 0xF5 ? 4
-                                                           : 0;
-    if (lead == 0 || size == 0 || i + size > text.size()) return -1;
-    for (std::size_t j = 1; j < size; ++j)
-      if ((static_cast<unsigned char>(text[i + j]) & 0xC0) != 0x80) return -1;
-    if (size > 2) {  // overlong forms, surrogates, beyond U+10FFFF
-      const auto second = static_cast<unsigned char>(text[i + 1]);
-      if ((lead == 0xE0 && second < 0xA0) || (lead == 0xED && second > 0x9F) ||
-          (lead == 0xF0 && second < 0x90) || (lead == 0xF4 && second > 0x8F))
-        return -1;
-    }
-    i += size;
-  }
-  return count;
-}
-
 Status check_group(const std::string& id) {
   const std::ptrdiff_t length = utf8_length(id);
   if (length >= 1 && static_cast<std::size_t>(length) <= kGroupCharacters) return Status::success();

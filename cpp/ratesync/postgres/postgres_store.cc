@@ -112,7 +112,8 @@ Result<std::unique_ptr<store::Store>> PostgresStore::create(asio::io_context& io
 
 PostgresStore::PostgresStore(asio::io_context& io, const Clock& clock, PostgresOptions options,
                              TableNames names, ConnInfo info, ConnInfo listen)
-    : clock_(clock),
+    : io_(io),
+      clock_(clock),
       options_(std::move(options)),
       names_(std::move(names)),
       info_(std::move(info)),
@@ -129,23 +130,30 @@ PostgresStore::PostgresStore(asio::io_context& io, const Clock& clock, PostgresO
   // A pooler's session is everybody's: leave it as it is.
   if (connection.statement_cache == ConnectionOptions::StatementCache::automatic)
     pool_->set_setup(set_up_session);
+  schema_ = std::make_unique<SchemaWatch>(*pool_, schema_hooks());
 
   LimitStoreOptions limits;
   limits.durability = durability(options_.synchronous_commit).value();
   limits.lanes = options_.lanes;
   limits.holder = holder_text(info_);
-  limits.listen = std::move(listen);
+  limits.listen = listen;
   limits.connection = connection;
+  prefix_options_ = {options_.auto_create, options_.lanes, limits.holder, std::move(listen), connection};
   // The names of schema and table may be long: a hash of them, and who is meant.
   limits.channel = named("freed", names_.quoted(names_.state)).name + '_';
   limits_ = std::make_unique<PgLimitStore>(io, clock_, static_cast<LimitBackend&>(*this), std::move(limits));
 }
 
-PostgresStore::~PostgresStore() { *alive_ = false; }
+PostgresStore::~PostgresStore() {
+  *alive_ = false;
+  for (PrefixBackend* one = prefixes_; one;) delete std::exchange(one, one->older);
+}
 
 store::Capabilities PostgresStore::capabilities() const {
   store::Capabilities caps;
   caps.limits = true;
+  caps.locks = true;
+  caps.state = true;
   caps.shared = true;
   caps.durable = true;
   return caps;
@@ -155,16 +163,28 @@ bool PostgresStore::down() const { return pool_->down(); }
 
 void PostgresStore::abandon_after_fork() {
   limits_->abandon_after_fork();
+  for (PrefixBackend* one = prefixes_; one; one = one->older) one->abandon_after_fork();
   pool_->abandon_after_fork();
 }
 
 void PostgresStore::close(std::function<void()> done) {
-  limits_->close(kClosePatience, [this, done = std::move(done)] { pool_->close(done); });
+  auto left = std::make_shared<std::size_t>(1);
+  for (PrefixBackend* one = prefixes_; one; one = one->older) ++*left;
+  const auto closed = [this, left, done = std::move(done)] {
+    if (--*left == 0) pool_->close(done);
+  };
+  // Those that are counted: another thread may be adding one.
+  PrefixBackend* one = prefixes_;
+  for (std::size_t n = *left - 1; n > 0; --n, one = one->older) one->close(kClosePatience, closed);
+  limits_->close(kClosePatience, closed);
 }
 
 store::Stats PostgresStore::stats() const {
   store::Stats out = stats_;
+  out.round_trips += schema_->looks();
+  out.statements += schema_->looks();
   limits_->fill(out);
+  for (PrefixBackend* one = prefixes_; one; one = one->older) one->fill(out);
   pool_->fill(out);
   return out;
 }
@@ -183,65 +203,34 @@ Status PostgresStore::explain(const PipelineResult& result) {
 
 // --- the schema ---------------------------------------------------------------------------------
 
-void PostgresStore::look(const PgPool::Lease& connection, OnCatalogue done) {
-  count(1);
-  std::vector<Call> calls;
-  calls.push_back({&catalogue_statement(), catalogue_params(names_)});
-  connection->run(std::move(calls), [this, alive = alive_, done = std::move(done)](PipelineResult result) {
-    if (!*alive) return;
-    if (!result.status.ok()) return done(explain(result));
-    done(read_catalogue(names_, *result.results[0]));
-  });
+SchemaWatch::Hooks PostgresStore::schema_hooks() {
+  SchemaWatch::Hooks hooks;
+  hooks.params = [this] { return catalogue_params(names_); };
+  hooks.steps = [this](const Inventory& found) {
+    return migration_steps(names_, read_catalogue(names_, found), {options_.unlogged});
+  };
+  hooks.script = [this](const std::vector<store::MigrationStep>& steps) {
+    return migration_script(names_, steps);
+  };
+  // A table of rate-sync 0.2 is converted by `migrate` only: its processes may still be at work.
+  hooks.may_create = [this](const Inventory& found) {
+    return options_.auto_create && !read_catalogue(names_, found).legacy();
+  };
+  hooks.found = [this](const Inventory& found) {
+    const Catalogue catalogue = read_catalogue(names_, found);
+    Status status = check_catalogue(names_, catalogue, options_.auto_create);
+    if (status.ok()) use(catalogue);
+    return status;
+  };
+  hooks.migrated = [this] { ready_ = false; };
+  hooks.explain = [this](const PipelineResult& result) { return explain(result); };
+  return hooks;
 }
 
 void PostgresStore::when_ready(Connection::Done done) {
+  limits_asked_ = true;
   if (ready_) return done(Status::success());
-  waiting_.push_back(std::move(done));
-  if (std::exchange(checking_, true)) return;
-  pool_->get([this, alive = alive_](Result<PgPool::Lease> got) {
-    if (!*alive) return;
-    if (!got.ok()) return checked(got.status());
-    check(got.value());
-  });
-}
-
-void PostgresStore::check(const PgPool::Lease& connection) {
-  look(connection, [this, connection, alive = alive_](Result<Catalogue> found) {
-    const auto finish = [&](Status status) {
-      pool_->put(connection);
-      checked(std::move(status));
-    };
-    if (!found.ok()) return finish(found.status());
-    const Catalogue& catalogue = found.value();
-    std::string script;
-    // A table of rate-sync 0.2 is converted by `migrate` only: its processes may still be at work.
-    if (options_.auto_create && !catalogue.legacy() && !catalogue.in_recovery)
-      script = migration_script(names_, migration_steps(names_, catalogue, {options_.unlogged}));
-    if (script.empty()) {
-      Status status = check_catalogue(names_, catalogue, options_.auto_create);
-      if (status.ok()) use(catalogue);
-      return finish(std::move(status));
-    }
-    count(1);
-    connection->run_script(std::move(script), [this, connection, alive](Status creation) {
-      if (*alive) check_again(connection, std::move(creation));
-    });
-  });
-}
-
-// Whether creation failed does not matter when all is there: another instance was faster, or only
-// the leases could not be made and slots are counted without them.
-void PostgresStore::check_again(const PgPool::Lease& connection, Status creation) {
-  look(connection, [this, connection, creation = std::move(creation)](Result<Catalogue> found) {
-    Status status = found.ok() ? check_catalogue(names_, found.value(), true) : found.status();
-    if (status.ok()) {
-      use(found.value());
-    } else if (!creation.ok()) {
-      status.message += fmt::format(" (creating it failed: {})", creation.message);
-    }
-    pool_->put(connection);
-    checked(std::move(status));
-  });
+  schema_->check(std::move(done));
 }
 
 void PostgresStore::use(const Catalogue& found) {
@@ -265,45 +254,59 @@ Status PostgresStore::no_windows() {
   return no_windows_;
 }
 
-void PostgresStore::checked(Status status) {
-  checking_ = false;
-  for (const Connection::Done& done : std::exchange(waiting_, {})) done(status);
+void PostgresStore::initialize(store::Callback<store::Unit> done) {
+  const auto finish = [this, done = std::move(done)](Status status) {
+    if (status.ok() || ((status.sqlstate == "42P01" || status.sqlstate == "3F000") && without_limits()))
+      return done(store::Unit{});
+    done(std::move(status));
+  };
+  if (ready_) return finish(Status::success());
+  schema_->check(finish);
 }
 
-void PostgresStore::initialize(store::Callback<store::Unit> done) {
-  when_ready([done = std::move(done)](Status status) {
-    if (status.ok()) return done(store::Unit{});
-    done(std::move(status));
-  });
+// --- the tables of a prefix ---------------------------------------------------------------------
+
+Result<PrefixBackend*> PostgresStore::backend_of(const std::string& prefix) {
+  const std::lock_guard lock(prefixes_lock_);
+  for (PrefixBackend* one = prefixes_; one; one = one->older)
+    if (one->names().prefix == prefix) return one;
+  Result<PrefixNames> names = PrefixNames::make(options_.schema_name, prefix);
+  if (!names.ok()) return names.status();
+  ErrorContext context = context_;
+  context.options = "prefix and schema_name";
+  context.privileges = "SELECT, INSERT, UPDATE, DELETE";
+  context.migrate = "ratesync migrate -c FILE";
+  auto made = std::make_unique<PrefixBackend>(io_, clock_, *pool_, std::move(names.value()),
+                                              std::move(context), prefix_options_);
+  made->older = prefixes_;
+  prefixes_ = made.get();
+  return made.release();
+}
+
+Result<store::StateStore*> PostgresStore::state(const std::string& prefix) {
+  Result<PrefixBackend*> backend = backend_of(prefix);
+  if (!backend.ok()) return backend.status();
+  return backend.value()->state();
+}
+
+Result<store::LockStore*> PostgresStore::locks(const std::string& prefix) {
+  Result<PrefixBackend*> backend = backend_of(prefix);
+  if (!backend.ok()) return backend.status();
+  return backend.value()->locks();
+}
+
+void PostgresStore::migrate_state(const std::string& prefix, bool dry_run,
+                                  store::Callback<std::vector<store::MigrationStep>> done) {
+  Result<PrefixBackend*> backend = backend_of(prefix);
+  if (!backend.ok()) return done(backend.status());
+  backend.value()->migrate(dry_run, std::move(done));
 }
 
 void PostgresStore::migrate(bool dry_run, store::Callback<std::vector<store::MigrationStep>> done) {
   if (!names_.can_migrate())
     return done(bad_option("table_name", "at most 51 bytes for migrations",
                            fmt::format("{} bytes", names_.state.size())));
-  pool_->get([this, dry_run, done = std::move(done), alive = alive_](Result<PgPool::Lease> got) mutable {
-    if (!*alive || !got.ok()) return done(got.status());
-    const PgPool::Lease connection = got.value();
-    look(connection, [this, dry_run, done = std::move(done), connection, alive](Result<Catalogue> found) {
-      const auto finish = [&](Result<std::vector<store::MigrationStep>> result) {
-        pool_->put(connection);
-        done(std::move(result));
-      };
-      if (!found.ok()) return finish(found.status());
-      std::vector<store::MigrationStep> steps = migration_steps(names_, found.value(), {options_.unlogged});
-      std::string script = migration_script(names_, steps);
-      if (dry_run || script.empty()) return finish(std::move(steps));
-      count(1);
-      connection->run_script(std::move(script), [this, done, connection, alive,
-                                                 steps = std::move(steps)](Status status) mutable {
-        if (!*alive) return;
-        pool_->put(connection);
-        ready_ = false;
-        if (status.ok()) return done(std::move(steps));
-        done(std::move(status));
-      });
-    });
-  });
+  schema_->migrate(dry_run, std::move(done));
 }
 
 // --- doctor -------------------------------------------------------------------------------------
@@ -329,13 +332,13 @@ void PostgresStore::doctor(store::Callback<std::vector<Finding>> done) {
     }
     checkup->connection = got.value();
     checkup->done = std::move(done);
-    look(checkup->connection, [this, checkup](Result<Catalogue> found) {
+    schema_->look(checkup->connection, [this, checkup](Result<Inventory> found) {
       if (!found.ok()) {
         checkup->add(Finding::Level::error, "catalogue", found.status().message);
         pool_->put(checkup->connection);
         return checkup->done(std::move(checkup->findings));
       }
-      checkup->catalogue = std::move(found.value());
+      checkup->catalogue = read_catalogue(names_, std::move(found.value()));
       examine(checkup);
     });
   });
@@ -367,8 +370,12 @@ LEFT JOIN pg_catalog.pg_class AS c ON c.relnamespace = n.oid AND c.relname = nam
     checkup->add(major < 12 ? Level::error : Level::ok, "server version",
                  fmt::format("PostgreSQL {}.{} at {}{}", major, found.server_version % 10'000,
                              checkup->connection->peer(), major < 12 ? ": 12 is the oldest that works" : ""));
-    for (Finding& finding : schema_findings(names_, found, options_.auto_create))
-      checkup->findings.push_back(std::move(finding));
+    if (!found.state.exists && without_limits())
+      checkup->add(Level::ok, "table",
+                   fmt::format("{} does not exist; only limits need it", names_.quoted(names_.state)));
+    else
+      for (Finding& finding : schema_findings(names_, found, options_.auto_create))
+        checkup->findings.push_back(std::move(finding));
     if (result.status.ok() && result.results[0]->rows() == 1) {
       const Rows& row = *result.results[0];
       const std::int64_t skew = row.integer(0, 0) - (before + after) / 2;
@@ -402,8 +409,18 @@ LEFT JOIN pg_catalog.pg_class AS c ON c.relnamespace = n.oid AND c.relname = nam
           Level::warning, "listen",
           "notifications do not arrive through a pooler in transaction mode: waiters for a slot that "
           "another process holds ask now and then; set listen_url to the server itself");
+    examine(checkup, prefixes_);
+  });
+}
+
+void PostgresStore::examine(const std::shared_ptr<Checkup>& checkup, PrefixBackend* prefix) {
+  if (!prefix) {
     pool_->put(checkup->connection);
-    checkup->done(std::move(checkup->findings));
+    return checkup->done(std::move(checkup->findings));
+  }
+  prefix->examine(checkup->connection, [this, checkup, prefix](std::vector<Finding> findings) {
+    for (Finding& finding : findings) checkup->findings.push_back(std::move(finding));
+    examine(checkup, prefix->older);
   });
 }
 

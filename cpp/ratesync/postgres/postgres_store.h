@@ -5,8 +5,10 @@
 #pragma once
 
 #include <asio/io_context.hpp>
+#include <atomic>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -15,7 +17,9 @@
 #include "ratesync/postgres/errors.h"
 #include "ratesync/postgres/limit_store.h"
 #include "ratesync/postgres/pg_pool.h"
+#include "ratesync/postgres/prefix_backend.h"
 #include "ratesync/postgres/schema.h"
+#include "ratesync/postgres/schema_watch.h"
 #include "ratesync/store/store.h"
 
 namespace ratesync::postgres {
@@ -54,9 +58,12 @@ class PostgresStore final : public store::Store, private LimitBackend {
   void abandon_after_fork() override;
   [[nodiscard]] bool down() const override;
   [[nodiscard]] store::LimitStore* limits() override { return limits_.get(); }
+  Result<store::StateStore*> state(const std::string& prefix) override;
+  Result<store::LockStore*> locks(const std::string& prefix) override;
+  void migrate_state(const std::string& prefix, bool dry_run,
+                     store::Callback<std::vector<store::MigrationStep>> done) override;
 
  private:
-  using OnCatalogue = std::function<void(Result<Catalogue>)>;
   struct Checkup;
 
   PostgresStore(asio::io_context& io, const Clock& clock, PostgresOptions options, TableNames names,
@@ -70,20 +77,23 @@ class PostgresStore final : public store::Store, private LimitBackend {
   Status no_windows() override;
   Status explain(const PipelineResult& result) override;
 
-  void look(const PgPool::Lease& connection, OnCatalogue done);
-  void check(const PgPool::Lease& connection);
-  void check_again(const PgPool::Lease& connection, Status creation);
-  void checked(Status status);
+  SchemaWatch::Hooks schema_hooks();
   void use(const Catalogue& found);
   void examine(const std::shared_ptr<Checkup>& checkup);
+  void examine(const std::shared_ptr<Checkup>& checkup, PrefixBackend* prefix);
+  Result<PrefixBackend*> backend_of(const std::string& prefix);
+  // Of a store that carries state or locks only, the table of limits may be missing.
+  [[nodiscard]] bool without_limits() const { return !limits_asked_ && prefixes_.load() != nullptr; }
   void count(std::size_t statements);
 
+  asio::io_context& io_;
   const Clock& clock_;
   const PostgresOptions options_;
   const TableNames names_;
   const ConnInfo info_;
   const ErrorContext context_;
   std::unique_ptr<PgPool> pool_;
+  std::unique_ptr<SchemaWatch> schema_;
   // Pipelines under way point into the statements, so older sets are kept; a new one is made only
   // when a table came or went.
   std::vector<std::unique_ptr<LimitSql>> all_sql_;
@@ -91,11 +101,13 @@ class PostgresStore final : public store::Store, private LimitBackend {
   LimitTables tables_;
   Status no_windows_;
   bool ready_ = false;
-  bool checking_ = false;
-  std::vector<Connection::Done> waiting_;
   store::Stats stats_;
   std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
   std::unique_ptr<PgLimitStore> limits_;
+  bool limits_asked_ = false;
+  PrefixOptions prefix_options_;
+  std::mutex prefixes_lock_;                        // who adds one
+  std::atomic<PrefixBackend*> prefixes_ = nullptr;  // the newest; read without a lock, after a fork too
 };
 
 }  // namespace ratesync::postgres

@@ -2,7 +2,7 @@
 
 #include <fmt/format.h>
 
-#include <algorithm>
+#include <utility>
 
 namespace ratesync::postgres {
 namespace {
@@ -12,56 +12,16 @@ using store::MigrationStep;
 
 constexpr std::size_t kIdentifierBytes = 63;
 
-std::string literal(std::string_view text) {
-  std::string out = "'";
-  for (const char ch : text) out.append(ch == '\'' ? 2 : 1, ch);
-  return out + '\'';
-}
-
 std::string fitting(std::string name) { return name.size() <= kIdentifierBytes ? name : std::string(); }
 
-// One column each; a NUL or a quote in a name cannot break it, names travel as parameters.
-constexpr const char* kCatalogue = R"(
-WITH names AS (SELECT $1::text AS schema_name, ARRAY[$2, $3, $4, $5, $6, $7]::text[] AS tables),
-space AS (SELECT n.oid FROM pg_catalog.pg_namespace AS n, names WHERE n.nspname = names.schema_name),
-tables AS (
-  SELECT c.oid, c.relname, c.relowner FROM pg_catalog.pg_class AS c, space, names
-  WHERE c.relnamespace = space.oid AND c.relname = ANY (names.tables) AND c.relkind IN ('r', 'p', 'v', 'f')
-)
-SELECT 'server', current_setting('server_version_num'), pg_is_in_recovery()::text,
-       current_setting('default_transaction_isolation'), current_user::text, NULL::text, NULL::text
-UNION ALL
-SELECT 'schema', has_schema_privilege(oid, 'USAGE')::text, has_schema_privilege(oid, 'CREATE')::text,
-       NULL, NULL, NULL, NULL FROM space
-UNION ALL
-SELECT 'table', relname::text, has_table_privilege(oid, 'SELECT')::text, has_table_privilege(oid, 'INSERT')::text,
-       has_table_privilege(oid, 'UPDATE')::text, has_table_privilege(oid, 'DELETE')::text,
-       pg_has_role(relowner, 'USAGE')::text FROM tables
-UNION ALL
-SELECT 'column', t.relname::text, a.attname::text, format_type(a.atttypid, a.atttypmod), NULL, NULL, NULL
-FROM tables AS t JOIN pg_catalog.pg_attribute AS a ON a.attrelid = t.oid
-WHERE a.attnum > 0 AND NOT a.attisdropped
-UNION ALL
-SELECT 'index', a.attname::text, (x.indisunique AND x.indnkeyatts = 1 AND x.indpred IS NULL)::text, NULL, NULL, NULL, NULL
-FROM tables AS t JOIN pg_catalog.pg_index AS x ON x.indrelid = t.oid AND x.indisvalid
-JOIN pg_catalog.pg_attribute AS a ON a.attrelid = t.oid AND a.attnum = x.indkey[0]
-WHERE t.relname = (SELECT tables[1] FROM names))";
-
-const char* const kStateColumns[] = {"group_id",           "last_acquisition_at", "version",
-                                     "current_concurrent", "created_at",          "updated_at"};
-const char* const kLeaseColumns[] = {"group_id", "holder_id", "holder", "slots", "acquired_at", "expires_at"};
-const char* const kWindowColumns[] = {"group_id", "algorithm", "total",     "dealt_at",
-                                      "current",  "previous",  "expires_at"};
-const char* const kLogColumns[] = {"group_id", "seq", "units", "dealt_at", "expires_at"};
-const char* const kWaiterColumns[] = {"group_id", "waiter_id", "since", "expires_at"};
-
-template <std::size_t N>
-std::string missing_columns(const Catalogue::Table& table, const char* const (&wanted)[N]) {
-  std::string out;
-  for (const char* column : wanted)
-    if (!table.columns.contains(column)) out += fmt::format("{}{}", out.empty() ? "" : ", ", column);
-  return out;
-}
+const std::vector<std::string> kStateColumns = {"group_id",           "last_acquisition_at", "version",
+                                                "current_concurrent", "created_at",          "updated_at"};
+const std::vector<std::string> kLeaseColumns = {"group_id", "holder_id",   "holder",
+                                                "slots",    "acquired_at", "expires_at"};
+const std::vector<std::string> kWindowColumns = {"group_id", "algorithm", "total",     "dealt_at",
+                                                 "current",  "previous",  "expires_at"};
+const std::vector<std::string> kLogColumns = {"group_id", "seq", "units", "dealt_at", "expires_at"};
+const std::vector<std::string> kWaiterColumns = {"group_id", "waiter_id", "since", "expires_at"};
 
 std::string create_state(const TableNames& n, const Catalogue& found, const SchemaOptions& options) {
   std::string sql;
@@ -84,20 +44,8 @@ std::string create_state(const TableNames& n, const Catalogue& found, const Sche
 // Whoever may write the state row may write the other tables: the owner runs `migrate`, another
 // role works.
 std::string pass_on_grants(const TableNames& n, const std::string& table) {
-  return fmt::format(
-      "DO $ratesync$\n"
-      "DECLARE grantee text;\n"
-      "BEGIN\n"
-      "  FOR grantee IN\n"
-      "    SELECT CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(a.grantee)) END\n"
-      "    FROM pg_catalog.pg_class AS c JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace,\n"
-      "         aclexplode(c.relacl) AS a\n"
-      "    WHERE n.nspname = {0} AND c.relname = {1} AND a.privilege_type = 'UPDATE'\n"
-      "  LOOP\n"
-      "    EXECUTE format('GRANT SELECT, INSERT, UPDATE, DELETE ON %s TO %s', {2}, grantee);\n"
-      "  END LOOP;\n"
-      "END $ratesync$;\n",
-      literal(n.schema), literal(n.state), literal(n.quoted(table)));
+  return postgres::pass_on_grants(n.schema, n.state, "SELECT, INSERT, UPDATE, DELETE",
+                                  "TABLE " + n.quoted(table));
 }
 
 std::string create_leases(const TableNames& n, const SchemaOptions& options) {
@@ -188,13 +136,6 @@ std::string full_grants(const std::string& tables, const Catalogue& found) {
                      quote_identifier(found.user));
 }
 
-bool writable(const Catalogue::Table& t) { return t.can_select && t.can_insert && t.can_update; }
-
-template <std::size_t N>
-bool usable(const Catalogue::Table& t, const char* const (&columns)[N]) {
-  return writable(t) && t.can_delete && missing_columns(t, columns).empty();
-}
-
 }  // namespace
 
 Result<TableNames> TableNames::make(const std::string& schema, const std::string& table) {
@@ -219,58 +160,24 @@ bool Catalogue::legacy() const {
          !state.columns.contains("current_concurrent");
 }
 
-bool Catalogue::leases_usable() const { return usable(leases, kLeaseColumns); }
-bool Catalogue::windows_usable() const { return usable(windows, kWindowColumns) && usable(log, kLogColumns); }
-bool Catalogue::waiters_usable() const { return usable(waiters, kWaiterColumns); }
-
-const Statement& catalogue_statement() {
-  static const Statement statement{"", kCatalogue};
-  return statement;
-}
+bool Catalogue::leases_usable() const { return leases.usable(kLeaseColumns); }
+bool Catalogue::windows_usable() const { return windows.usable(kWindowColumns) && log.usable(kLogColumns); }
+bool Catalogue::waiters_usable() const { return waiters.usable(kWaiterColumns); }
 
 std::vector<Param> catalogue_params(const TableNames& n) {
-  return {Param::text(n.schema),  Param::text(n.state), Param::text(n.leases), Param::text(n.migrations),
-          Param::text(n.windows), Param::text(n.log),   Param::text(n.waiters)};
+  return catalogue_params(n.schema, {n.state, n.leases, n.migrations, n.windows, n.log, n.waiters});
 }
 
-Result<Catalogue> read_catalogue(const TableNames& names, const Rows& rows) {
-  if (rows.columns() != 7)
-    return Status::make(Code::protocol, "the catalogue query returned an unexpected shape");
-  Catalogue out;
-  std::map<std::string, Catalogue::Table> tables;
-  for (int r = 0; r < rows.rows(); ++r) {
-    const std::string_view kind = rows.text(r, 0);
-    const auto yes = [&](int column) { return rows.text(r, column) == "true"; };
-    if (kind == "server") {
-      out.server_version = static_cast<int>(std::strtol(std::string(rows.text(r, 1)).c_str(), nullptr, 10));
-      out.in_recovery = yes(2);
-      out.isolation = rows.text(r, 3);
-      out.user = rows.text(r, 4);
-    } else if (kind == "schema") {
-      out.schema_exists = true;
-      out.schema_usage = yes(1);
-      out.schema_create = yes(2);
-    } else if (kind == "table") {
-      Catalogue::Table& t = tables[std::string(rows.text(r, 1))];
-      t.exists = true;
-      t.can_select = yes(2);
-      t.can_insert = yes(3);
-      t.can_update = yes(4);
-      t.can_delete = yes(5);
-      t.owned = yes(6);
-    } else if (kind == "column") {
-      tables[std::string(rows.text(r, 1))].columns[std::string(rows.text(r, 2))] = rows.text(r, 3);
-    } else if (kind == "index") {
-      if (rows.text(r, 1) == "updated_at") out.updated_index = true;
-      if (rows.text(r, 1) == "group_id" && yes(2)) out.group_key = true;
-    }
-  }
-  out.state = tables[names.state];
-  if (!names.leases.empty()) out.leases = tables[names.leases];
-  if (!names.migrations.empty()) out.migrations = tables[names.migrations];
-  if (!names.windows.empty()) out.windows = tables[names.windows];
-  if (!names.log.empty()) out.log = tables[names.log];
-  if (!names.waiters.empty()) out.waiters = tables[names.waiters];
+Catalogue read_catalogue(const TableNames& names, Inventory found) {
+  Catalogue out{std::move(found), {}, {}, {}, {}, {}, {}};
+  out.state = out.table(names.state);
+  out.leases = out.table(names.leases);
+  out.migrations = out.table(names.migrations);
+  out.windows = out.table(names.windows);
+  out.log = out.table(names.log);
+  out.waiters = out.table(names.waiters);
+  out.updated_index = out.state.indexed.contains("updated_at");
+  out.group_key = out.state.keys.contains("group_id");
   return out;
 }
 
@@ -288,26 +195,7 @@ std::vector<MigrationStep> migration_steps(const TableNames& n, const Catalogue&
 }
 
 std::string migration_script(const TableNames& n, const std::vector<MigrationStep>& steps) {
-  if (std::all_of(steps.begin(), steps.end(), [](const MigrationStep& s) { return s.applied; })) return {};
-  const std::string record = n.quoted(n.migrations);
-  std::string before, after;
-  for (const MigrationStep& step : steps) {
-    if (step.applied) continue;
-    // The record needs the schema, which the first step may have to create.
-    (step.number == 1 ? before : after) += step.sql;
-    after += fmt::format("INSERT INTO {} (number, name) VALUES ({}, {}) ON CONFLICT (number) DO NOTHING;\n",
-                         record, step.number, literal(step.name));
-  }
-  return fmt::format(
-      "BEGIN ISOLATION LEVEL READ COMMITTED;\n"
-      "SELECT pg_advisory_xact_lock(hashtextextended({}, 0));\n"
-      "{}"
-      "CREATE TABLE IF NOT EXISTS {} (number BIGINT PRIMARY KEY, name TEXT NOT NULL, applied_at TIMESTAMPTZ "
-      "NOT NULL "
-      "DEFAULT NOW());\n"
-      "{}"
-      "COMMIT;\n",
-      literal("ratesync:" + n.quoted(n.state)), before, record, after);
+  return migration_script(n.quoted(n.state), n.quoted(n.migrations), steps);
 }
 
 Status check_catalogue(const TableNames& n, const Catalogue& found, bool auto_create) {
@@ -315,12 +203,7 @@ Status check_catalogue(const TableNames& n, const Catalogue& found, bool auto_cr
     return Status::make(Code::server, std::move(message), sqlstate);
   };
   const std::string table = n.quoted(n.state);
-  if (found.in_recovery)
-    return Status::make(
-        Code::unavailable,
-        "the server is a standby and read-only: add target_session_attrs=read-write to the url and "
-        "list all hosts",
-        "25006");
+  if (Status standby = check_server(found); !standby.ok()) return standby;
   const std::string create_hint =
       auto_create
           ? fmt::format("auto_create = true could not make it: GRANT CREATE ON SCHEMA {} TO {};",
@@ -332,7 +215,7 @@ Status check_catalogue(const TableNames& n, const Catalogue& found, bool auto_cr
                                      quote_identifier(n.schema), table, create_hint));
   if (!found.state.exists)
     return fail("42P01", fmt::format("table {} does not exist: {}", table, create_hint));
-  if (!found.schema_usage || !writable(found.state))
+  if (!found.schema_usage || !found.state.writable())
     return fail("42501", fmt::format("permission denied on table {} for role {}: run as its owner: {}", table,
                                      quote_identifier(found.user), state_grants(n, found)));
   if (found.legacy())
@@ -340,7 +223,7 @@ Status check_catalogue(const TableNames& n, const Catalogue& found, bool auto_cr
         "42703",
         fmt::format("table {} was made by rate-sync 0.2: run `ratesync migrate` as its owner, or:\n{}", table,
                     convert_legacy(n)));
-  if (const std::string missing = missing_columns(found.state, kStateColumns); !missing.empty())
+  if (const std::string missing = found.state.missing(kStateColumns); !missing.empty())
     return fail(
         "42703",
         fmt::format("table {} is not a rate limiter table: column(s) {} missing; check table_name and "

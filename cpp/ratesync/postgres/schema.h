@@ -5,12 +5,12 @@
 // lives in tables of its own, which migrations add.
 #pragma once
 
-#include <map>
 #include <string>
 #include <vector>
 
 #include "ratesync/base/status.h"
 #include "ratesync/postgres/connection.h"
+#include "ratesync/postgres/inventory.h"
 #include "ratesync/postgres/limit_sql.h"
 #include "ratesync/store/store.h"
 
@@ -34,19 +34,8 @@ struct TableNames {
   [[nodiscard]] std::string quoted(const std::string& table) const;  // "schema"."table"
 };
 
-// One answer of the catalogue query.
-struct Catalogue {
-  int server_version = 0;  // 150018
-  bool in_recovery = false;
-  std::string isolation;  // default_transaction_isolation
-  std::string user;
-  bool schema_exists = false, schema_usage = false, schema_create = false;
-  struct Table {
-    bool exists = false;
-    bool can_select = false, can_insert = false, can_update = false, can_delete = false;
-    bool owned = false;                          // by the user or a role that it is a member of
-    std::map<std::string, std::string> columns;  // name → type, as format_type prints it
-  };
+// What the server has of them.
+struct Catalogue : Inventory {
   Table state, leases, migrations, windows, log, waiters;
   bool updated_index = false;  // some index whose first column is updated_at
   bool group_key = false;      // a unique index on group_id alone
@@ -57,9 +46,8 @@ struct Catalogue {
   [[nodiscard]] bool waiters_usable() const;
 };
 
-const Statement& catalogue_statement();
 std::vector<Param> catalogue_params(const TableNames& names);
-Result<Catalogue> read_catalogue(const TableNames& names, const Rows& rows);
+Catalogue read_catalogue(const TableNames& names, Inventory found);
 
 struct SchemaOptions {
   bool unlogged = false;
@@ -68,8 +56,6 @@ struct SchemaOptions {
 // All steps in order; `applied` tells which of them the catalogue shows to be done.
 std::vector<store::MigrationStep> migration_steps(const TableNames& names, const Catalogue& found,
                                                   const SchemaOptions& options);
-// The steps that are not applied as one script: one transaction under an advisory lock, so that any
-// number of instances may run it at once. Empty when nothing is to be done.
 std::string migration_script(const TableNames& names, const std::vector<store::MigrationStep>& steps);
 
 // Ok when the store can work; else what is missing and the cure.
