@@ -73,7 +73,31 @@ std::size_t MemoryStore::cells() {
 store::Capabilities MemoryStore::capabilities() const {
   store::Capabilities caps;
   caps.limits = true;
+  caps.state = true;
+  caps.locks = true;
   return caps;
+}
+
+namespace {
+
+// The longest prefix that the other stores take.
+Status check_prefix(const std::string& prefix) {
+  if (prefix.size() <= 40 && prefix.find('\0') == std::string::npos) return Status::success();
+  return Status::make(Code::invalid, "the prefix must have at most 40 bytes, and no NUL among them");
+}
+
+}  // namespace
+
+Result<store::StateStore*> MemoryStore::state(const std::string& prefix) {
+  if (Status status = check_prefix(prefix); !status.ok()) return status;
+  const std::lock_guard lock(prefixes_mutex_);
+  return &states_.try_emplace(prefix, clock_).first->second;
+}
+
+Result<store::LockStore*> MemoryStore::locks(const std::string& prefix) {
+  if (Status status = check_prefix(prefix); !status.ok()) return status;
+  const std::lock_guard lock(prefixes_mutex_);
+  return &locks_.try_emplace(prefix, clock_).first->second;
 }
 
 void MemoryStore::doctor(store::Callback<std::vector<store::Finding>> done) {

@@ -8,6 +8,7 @@
 #include <array>
 #include <atomic>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -17,6 +18,8 @@
 #include "ratesync/base/spin_lock.h"
 #include "ratesync/limits/gcra.h"
 #include "ratesync/limits/window.h"
+#include "ratesync/memory/memory_locks.h"
+#include "ratesync/memory/memory_state.h"
 #include "ratesync/store/store.h"
 
 namespace ratesync::memory {
@@ -123,6 +126,8 @@ class MemoryStore final : public store::Store, public store::LimitStore {
   void abandon_after_fork() override {}
   [[nodiscard]] bool down() const override { return false; }
   [[nodiscard]] store::LimitStore* limits() override { return this; }
+  Result<store::StateStore*> state(const std::string& prefix) override;
+  Result<store::LockStore*> locks(const std::string& prefix) override;
 
   // LimitStore; all of these may be called on any thread.
   void acquire(store::AcquireOp* op) override;
@@ -165,6 +170,9 @@ class MemoryStore final : public store::Store, public store::LimitStore {
   const Clock& clock_;
   std::array<Shard, kShards> shards_;
   std::atomic<store::HolderId> epoch_{1};  // of the newest reset
+  std::mutex prefixes_mutex_;              // guards the next two
+  std::map<std::string, MemoryState> states_;
+  std::map<std::string, MemoryLocks> locks_;
 };
 
 inline QuickReply MemoryStore::decide_now(Cell& cell, const store::Group& group, std::int64_t cost,
