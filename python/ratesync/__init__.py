@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ratesync._engine import Permit, acquire, shutdown
 from ratesync._pending import Pending
+from ratesync._states import configure_state
 from ratesync._version import __version__
 from ratesync.errors import (
     AcquireTimeoutError,
@@ -139,6 +140,7 @@ __all__ = [
     "configure_fastapi",
     "configure_limiter",
     "configure_rate_limiter",
+    "configure_state",
     "configure_store",
     "get_fastapi_config",
     "get_limiter",

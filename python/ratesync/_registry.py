@@ -12,16 +12,20 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from ratesync import _engine
-from ratesync.errors import LimiterNotFoundError, StoreNotFoundError
+from ratesync.errors import ConfigValidationError, LimiterNotFoundError, StoreNotFoundError
 from ratesync.limits import StoreLimiter
 from ratesync.stores import Store
 
 if TYPE_CHECKING:  # imported at first use: validation costs import time
     from ratesync._schemas import LimiterOptions
+    from ratesync._state_schema import StateConfig, StateOptions
     from ratesync.config import Config, FastAPIConfig, StoreConfig
 
 V = TypeVar("V")
 DEFAULT_STORE = "memory"
+STATE_STORE = (
+    "[state]"  # how the store of [state] is called in messages; no file can name a store so by chance
+)
 
 
 class _Table(dict[str, V]):
@@ -47,6 +51,8 @@ class RateLimiterRegistry:
         self._built: dict[str, StoreLimiter] = {}
         self._stores: dict[str, Store] = {}
         self._fastapi: FastAPIConfig | None = None
+        self._state: StateConfig | None = None
+        self._state_store: Store | None = None  # where [state] names a backend of its own
         self._discovered = False
 
     # Configuring ----------------------------------------------------------------------------------
@@ -75,6 +81,15 @@ class RateLimiterRegistry:
                 self._limiters[limiter_id] = options
                 self._unbind(limiter_id)
 
+    def set_state(self, config: StateConfig) -> None:
+        with _engine.lock:
+            if config.options.store not in (None, DEFAULT_STORE, *self._backends):
+                self.discover()
+                if config.options.store not in self._backends:
+                    raise StoreNotFoundError(str(config.options.store), self.store_ids() | {DEFAULT_STORE})
+            if self._state != config:
+                self._state, self._state_store = config, None
+
     def apply(self, config: Config, *, override: bool = True) -> None:
         """Takes over a checked file in one step. Without `override`, names that exist are kept."""
         with _engine.lock:
@@ -84,6 +99,8 @@ class RateLimiterRegistry:
             for limiter_id, limiter in config.limiters.items():
                 if override or limiter_id not in self._limiters:
                     self.set_limiter(limiter_id, limiter)
+            if config.state is not None and (override or self._state is None):
+                self.set_state(config.state)
             networks = config.fastapi.trusted_proxy_networks
             if networks is not None and (override or self.fastapi().trusted_proxy_networks is None):
                 self.fastapi().trusted_proxy_networks = networks
@@ -170,7 +187,7 @@ class RateLimiterRegistry:
             config = self.store_config(store_id)
             engine = _engine.default_engine()
             core = engine.add_store(store_id, config.engine, msgspec.structs.asdict(config.options))
-            store = Store(core, engine.now, config.options.timing_margin)
+            store = Store(core, engine.now, config.options.timing_margin, config.options)
             self._stores[store_id] = store
             return store
 
@@ -186,6 +203,46 @@ class RateLimiterRegistry:
                 self._backends[DEFAULT_STORE] = StoreConfig("memory", MemoryOptions())
             return self._backends[store_id]
 
+    def state(self) -> tuple[Store, StateOptions]:
+        """The store of `[state]` and its options; without configuration, the embedded store."""
+        import msgspec
+
+        from ratesync._state_schema import StateOptions
+        from ratesync.config import StoreConfig
+
+        with _engine.lock:
+            note = "" if self._state is not None else self.discover()
+            if self._state is None:
+                self._refuse_private_state(note)
+                return self.store(DEFAULT_STORE), StateOptions()
+            options = self._state.options
+            if options.store is not None:
+                return self.store(options.store), options
+            if self._state_store is not None and not self._state_store._closed:
+                return self._state_store, options
+            backend = str(self._state.engine)
+            assert self._state.store_options is not None
+            config = StoreConfig(backend, self._state.store_options)
+            for store_id, other in self._backends.items():
+                if other == config:
+                    return self.store(store_id), options  # the same options: the same connections
+            if backend == DEFAULT_STORE:
+                return self.store(DEFAULT_STORE), options
+            engine = _engine.default_engine()
+            core = engine.add_store(STATE_STORE, backend, msgspec.structs.asdict(config.options))
+            self._state_store = Store(core, engine.now, config.options.timing_margin, config.options)
+            return self._state_store, options
+
+    def _refuse_private_state(self, note: str) -> None:
+        # Locks of one process, where the limits are shared, would be found out too late.
+        shared = next((name for name, one in self._backends.items() if one.engine != "memory"), None)
+        if shared is not None:
+            raise ConfigValidationError(
+                f"no [state] is configured{note}: add [state] with store = {shared!r}, or with a backend and "
+                'url, or call configure_state(); backend = "memory" keeps state in this process alone',
+                "state",
+            )
+
     # Forgetting -----------------------------------------------------------------------------------
 
     def _unbind(self, limiter_id: str) -> None:
@@ -199,11 +256,14 @@ class RateLimiterRegistry:
     def _drop_built(self) -> None:
         self._unbind_all()
         self._stores.clear()
+        self._state_store = None
 
     def forget_engine(self) -> None:
         """After shutdown and in a forked child: what was built belongs to an engine that is no more."""
         for store in self._stores.values():
             store._retire()
+        if self._state_store is not None:
+            self._state_store._retire()
         self._drop_built()
 
     def clear(self) -> None:
@@ -213,6 +273,7 @@ class RateLimiterRegistry:
             self._limiters.clear()
             self._bases.clear()
             self._fastapi = None
+            self._state = None
             self._discovered = False
 
 

@@ -25,6 +25,7 @@ from ratesync._schemas import (
     build_store,
     check_id,
 )
+from ratesync._state_schema import StateConfig, build_state
 from ratesync.errors import (
     ConfigFileNotFoundError,
     ConfigValidationError,
@@ -38,9 +39,12 @@ __all__ = ["MAX_FILE_BYTES", "Config", "FastAPIConfig", "StoreConfig", "find_con
 MAX_FILE_BYTES = 1 << 20
 DISCOVERY = ("rate-sync.toml", os.path.join("config", "rate-sync.toml"))
 ENVIRONMENT = "RATE_SYNC_CONFIG"
-OUR_TABLES = ("stores", "limiters", "fastapi")
-# Tables of other capabilities and of the services that share the file; they are left alone.
-OTHER_TABLES = frozenset({"state", "audit", "server", "events", "actors", "locks", "metrics", "logging"})
+OUR_TABLES = ("stores", "limiters", "fastapi", "state")
+# Tables of the services that share the file; they are left alone, and named where a person looks.
+OTHER_TABLES = frozenset(
+    {"audit", "server", "rules", "events", "actors", "locks", "metrics", "logging"}
+    | {"stats", "statsd", "static", "status"}  # near to [state], and meant
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +73,7 @@ class FastAPIConfig:
             self.trusted_proxy_networks = _check_fastapi(given, "configure_fastapi")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Config:
     """The checked content of one file."""
 
@@ -77,6 +81,9 @@ class Config:
     stores: dict[str, StoreConfig] = field(default_factory=dict)
     limiters: dict[str, LimiterOptions] = field(default_factory=dict)
     fastapi: FastAPIConfig = field(default_factory=FastAPIConfig)
+    state: StateConfig | None = None
+    #: Tables of the file that belong to others.
+    ignored: tuple[str, ...] = ()
 
 
 def read_config(path: str | os.PathLike[str], *, known_stores: frozenset[str] = frozenset()) -> Config:
@@ -223,7 +230,7 @@ def _validate_config_structure(
             if hint:
                 raise ConfigValidationError(f"{name}: unknown table [{toml_key(key)}]{hint}", field=key)
     tables = []
-    for key in OUR_TABLES:
+    for key in OUR_TABLES[:3]:
         table = data.get(key, {})
         if not isinstance(table, dict):
             raise ConfigValidationError(
@@ -231,6 +238,10 @@ def _validate_config_structure(
             )
         tables.append(table)
     stores, limiters, fastapi = tables
+    if not isinstance(data.get("state", {}), dict):
+        raise ConfigValidationError(
+            f"{name}: state has to be a table", "state", "a table", type(data["state"]).__name__
+        )
     for kind, table in (("stores", stores), ("limiters", limiters)):
         for key, entry in table.items():
             if not isinstance(entry, dict):
@@ -268,7 +279,20 @@ def _check(data: Mapping[str, Any], name: str, known_stores: frozenset[str]) -> 
     where = f"{name}: [fastapi]"
     with _Located("fastapi"):
         config.fastapi.trusted_proxy_networks = _check_fastapi(_expand_env_vars(raw_fastapi, where), where)
+    if "state" in data:
+        config.state = _check_state(data["state"], name, {*config.stores, *known_stores, "memory"})
+    config.ignored = tuple(str(key) for key in data if key not in OUR_TABLES)
     return config
+
+
+def _check_state(raw: dict[str, Any], name: str, known: set[str]) -> StateConfig:
+    where = f"{name}: [state]"
+    with _Located("state"):
+        state = build_state(_expand_env_vars(raw, where), where)
+        if state.options.store is not None and state.options.store not in known:
+            missing = StoreNotFoundError(state.options.store, known)
+            raise ConfigValidationError(f"{where}: {missing}", "store") from missing
+        return state
 
 
 def _entries(name: str, kind: str, raw: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -20,6 +20,8 @@ from ratesync.errors import StoreClosedError
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
+    from ratesync._schemas import StoreOptions
+
 __all__ = ["Finding", "GroupRow", "HolderRow", "MigrationStep", "Store", "StoreListing"]
 
 
@@ -83,8 +85,15 @@ class Store:
         >>> store.initialize().wait()
     """
 
-    def __init__(self, core: CoreStore, now: Callable[[], float], timing_margin_ms: float) -> None:
+    def __init__(
+        self,
+        core: CoreStore,
+        now: Callable[[], float],
+        timing_margin_ms: float,
+        options: StoreOptions | None = None,
+    ) -> None:
         self._core = core
+        self._options = options
         self._now = now  # the engine's clock, in seconds
         self._timing_margin_ms = timing_margin_ms  # for the limiters on it
         self._closed = False

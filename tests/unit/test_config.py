@@ -32,7 +32,7 @@ rate_per_second = 0.5
 [fastapi]
 trusted_proxy_networks = ["10.0.0.0/8", "::1"]
 
-[state]
+[audit]
 backend = "redis"
 """
 

@@ -24,6 +24,9 @@ FUNCTIONS = {
     "burst: 'int' = 1, outage_budget: 'float' = 0.25, lease_seconds: 'float' = 30.0, "
     "max_hold_seconds: 'float | None' = None) -> 'None'",
     "configure_rate_limiter": None,
+    "configure_state": "(backend: 'str | None' = None, *, store: 'str | None' = None, "
+    "prefix: 'str' = 'acteon_', namespace: 'str' = 'default', tenant: 'str' = 'default', "
+    "timeout: 'float' = 5.0, **options: 'Any') -> 'None'",
     "configure_store": "(store_id: 'str', strategy: 'str | None' = None, *, engine: 'str | None' = None, "
     "**options: 'Any') -> 'None'",
     "get_fastapi_config": "() -> 'FastAPIConfig'",

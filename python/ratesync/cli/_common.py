@@ -9,6 +9,8 @@ from typing import Any
 import click
 from rich.console import Console
 
+from ratesync.errors import toml_key
+
 
 class Failure(click.ClickException):
     """One clear line and an exit status."""
@@ -54,6 +56,12 @@ def open_stores(config_file: str | None, store_id: str | None) -> Iterable[tuple
     used = [fields["store"] for fields in ratesync.list_limiters().values()]
     names = dict.fromkeys([*ratesync.list_stores(), *used])
     return [(name, ratesync.get_store(name)) for name in names]
+
+
+def ignored_note(tables: Iterable[str]) -> str:
+    """Which tables of the file belong to others."""
+    names = ", ".join(f"[{toml_key(name)}]" for name in tables)
+    return f"ignored, not of ratesync: {names}"
 
 
 def make_console() -> Console:

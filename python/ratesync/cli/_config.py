@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ratesync import errors
-from ratesync.cli._common import Failure, find
+from ratesync.cli._common import Failure, find, ignored_note
+
+if TYPE_CHECKING:
+    from ratesync._state_schema import StateConfig
 
 
 @click.command()
@@ -31,7 +34,10 @@ def check(file: str | None) -> None:
 
     path = find(file)
     config = read_config(path)
-    out = [f"# {path}: valid; {len(config.stores)} stores, {len(config.limiters)} limiters"]
+    counts = [f"{len(config.stores)} stores", f"{len(config.limiters)} limiters"]
+    if config.state is not None:
+        counts.append(f"state in {config.state.options.store or config.state.engine}")
+    out = [f"# {path}: valid; {', '.join(counts)}"]
     for store_id, store in config.stores.items():
         out += ["", f"[stores.{errors.toml_key(store_id)}]", f"engine = {_toml(store.engine)}"]
         out += _assignments(as_masked_dict(store.options))
@@ -44,6 +50,10 @@ def check(file: str | None) -> None:
     if config.fastapi.trusted_proxy_networks is not None:
         networks = ", ".join(_toml(network) for network in config.fastapi.trusted_proxy_networks)
         out += ["", "[fastapi]", f"trusted_proxy_networks = [{networks}]"]
+    if config.state is not None:
+        out += ["", "[state]", *_assignments(state_fields(config.state))]
+    if config.ignored:
+        out += ["", f"# {ignored_note(config.ignored)}"]
     click.echo("\n".join(out))
 
 
@@ -69,6 +79,16 @@ def init(path: str, force: bool) -> None:
             raise Failure(f"{path} exists already; --force replaces it") from None
         raise Failure(f"{path} cannot be written: {error.strerror or error}") from None
     click.echo(f"wrote {path}; next: ratesync check {path}")
+
+
+def state_fields(state: StateConfig) -> dict[str, Any]:
+    """What `[state]` amounts to: its own fields and those of its backend, secrets masked."""
+    import msgspec
+
+    from ratesync._schemas import as_masked_dict
+
+    own = {key: value for key, value in msgspec.structs.asdict(state.options).items() if value is not None}
+    return own | (as_masked_dict(state.store_options) if state.store_options is not None else {})
 
 
 def _assignments(values: dict[str, Any]) -> list[str]:
@@ -115,6 +135,16 @@ _TEMPLATE = """\
 # timing_margin_ms = 10.0
 # socket_timeout = 5.0          # seconds
 # socket_connect_timeout = 5.0  # seconds
+
+# State: locks, dedup keys, counters, idempotency: ratesync.state(), ratesync.lock(). Left out: one process.
+#
+# [state]
+# backend = "postgres"          # "redis" may lose what it acknowledged in a failover; "memory": one process
+# url = "${DATABASE_URL}"       # and every other option of such a store; or instead of both: store = "db"
+# prefix = "acteon_"            # of the tables or keys; `ratesync migrate` creates them
+# namespace = "default"
+# tenant = "default"
+# timeout = 5.0                 # seconds that one operation may take
 
 [limiters.api]
 # store = "db"                  # left out: memory

@@ -145,7 +145,7 @@ def new_store(engine: str, options: StoreOptions) -> Store:
 
     running = _engine.default_engine()
     core = running.add_store(engine, engine, msgspec.structs.asdict(options))
-    return Store(core, running.now, options.timing_margin)
+    return Store(core, running.now, options.timing_margin, options)
 
 
 def _limiter_options(given: Mapping[str, Any], where: str) -> LimiterOptions:
