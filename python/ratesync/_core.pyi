@@ -1,9 +1,11 @@
 """The compiled engine. Only `ratesync._engine` imports this module."""
 
 from collections.abc import Callable, Generator
+from datetime import datetime, timedelta
 from typing import Any, Generic, TypeVar, final, overload
 
 T = TypeVar("T")
+Ttl = float | timedelta | None  # seconds
 
 HAS_POSTGRES: bool
 HAS_REDIS: bool
@@ -127,6 +129,61 @@ def acquire(
 ) -> Permit: ...
 def acquire_limits(limits: list[tuple[Limiter, str | None]], timeout: float | None, /) -> Permit: ...
 def attempt(permit: Permit, /) -> Pending[bool]: ...  # starts the permit's acquisition; slots stay bare
+
+@final
+class KeepType: ...
+
+KEEP: KeepType
+
+class State:
+    """Base of `ratesync.State`: the hot path. Each method checks what it is given and makes a Pending."""
+
+    def __init__(
+        self,
+        store: Store,
+        prefix: str,
+        *,
+        namespace: str,
+        tenant: str,
+        kind: str,
+        timeout: float | None,
+        encode: Callable[[Any], str | bytes] | None = None,  # value -> JSON text; absent: str, bytes, int
+        decode: Callable[[str], Any] | None = None,
+    ) -> None: ...
+    def check_and_set(
+        self, key: str, value: Any = "1", ttl: Ttl = None, *, kind: str | None = None
+    ) -> Pending[bool]: ...
+    def get(self, key: str, *, kind: str | None = None) -> Pending[Any]: ...
+    def get_versioned(self, key: str, *, kind: str | None = None) -> Pending[Any]: ...
+    def set(self, key: str, value: Any, ttl: Ttl = None, *, kind: str | None = None) -> Pending[int]: ...
+    def delete(self, key: str, expected: int | None = None, *, kind: str | None = None) -> Pending[bool]: ...
+    def increment(
+        self, key: str, delta: int = 1, ttl: Ttl = None, renew: bool = False, *, kind: str | None = None
+    ) -> Pending[int]: ...
+    def compare_and_swap(
+        self,
+        key: str,
+        *,
+        expected: int,
+        value: Any,
+        ttl: Ttl | KeepType = KEEP,
+        kind: str | None = None,
+    ) -> Pending[int]: ...
+    def touch(
+        self, key: str, ttl: Ttl, *, expected: int | None = None, kind: str | None = None
+    ) -> Pending[bool]: ...
+    def schedule(
+        self, key: str, at: datetime | timedelta | float, *, kind: str | None = None
+    ) -> Pending[None]: ...
+    def unschedule(self, key: str, *, claim: int | None = None, kind: str | None = None) -> Pending[bool]: ...
+    def _begin(
+        self, key: str, value: Any, ttl: Ttl, kind: str | None
+    ) -> Pending[tuple[bool, int, Any]]: ...  # created, version, value of the row found
+    def _finish(
+        self, key: str, value: Any, version: int, ttl: Ttl | KeepType, kind: str | None
+    ) -> Pending[tuple[bool, int]]: ...  # done, version found
+    # A subclass may have `_renew(self) -> State`: in a forked child, what to stand on from now on.
+
 def set_hooks(
     *,
     # name -> limiter, or (limiter, key) for `name:key`; raises LimiterNotFoundError
@@ -135,6 +192,11 @@ def set_hooks(
     denied_error: Callable[[str, str, float], BaseException],  # group, rate|concurrency|outage: text, seconds
     invalid_error: Callable[[str, str, str, str], BaseException],  # message, field, expected, received
     log: Callable[[str, str], None],  # level, message
+    stale_error: Callable[[int, int], BaseException] | None = None,  # expected, actual
+    counter_error: Callable[[str, str], BaseException] | None = None,  # not_integer|overflow, key
+    rolled_back: Callable[[list[Any]], BaseException] | None = None,  # outcomes of many(atomic=True)
+    versioned: Callable[[Any, int, int], Any] | None = None,  # value, version, ms since 1970 or 0: never
+    due: Callable[[str, str, int, int], Any] | None = None,  # key, kind, ms since 1970, claim
 ) -> None: ...
 def bound_limiters() -> dict[str, Limiter]: ...  # the live name table that acquire() looks in first
 def forked() -> bool: ...  # whether this process was forked since the module was loaded

@@ -7,6 +7,7 @@
 #include <set>
 
 #include "ratesync/bindings/convert.h"
+#include "ratesync/bindings/state.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -132,7 +133,7 @@ void bind_store(py::module_& module) {
       .def("close", [](const PyStore& s) {
         auto* entry = s.entry;
         return store_call<store::Unit>(s, [entry](auto done) {
-          if (entry->limits) entry->limits->shutdown();
+          entry->shutdown_services();
           entry->store->close([done] { done(store::Unit{}); });
         });
       });
@@ -189,7 +190,7 @@ void bind_engine(py::module_& module) {
 
 void set_hook(PyObject*& slot, const py::object& hook) {
   PyObject* old = slot;
-  slot = hook.inc_ref().ptr();
+  slot = hook.is_none() ? nullptr : hook.inc_ref().ptr();
   Py_XDECREF(old);
 }
 
@@ -322,7 +323,8 @@ PYBIND11_MODULE(_core, module) {
   module.attr("HAS_REDIS") = false;
 #endif
   ModuleState& s = state();
-  if (!init_waiter_type(module.ptr()) || !init_permit_type(module.ptr()) || !init_limiter_type(module.ptr()))
+  if (!init_waiter_type(module.ptr()) || !init_permit_type(module.ptr()) ||
+      !init_limiter_type(module.ptr()) || !init_state_type(module.ptr()))
     throw py::error_already_set();
   s.bound = PyDict_New();
 
@@ -357,14 +359,23 @@ PYBIND11_MODULE(_core, module) {
   module.def(
       "set_hooks",
       [](const py::object& resolve, const py::object& status_error, const py::object& denied_error,
-         const py::object& invalid_error, const py::object& log) {
+         const py::object& invalid_error, const py::object& log, const py::object& stale_error,
+         const py::object& counter_error, const py::object& rolled_back, const py::object& versioned,
+         const py::object& due) {
         set_hook(state().resolve, resolve);
         set_hook(state().status_error, status_error);
         set_hook(state().denied_error, denied_error);
         set_hook(state().invalid_error, invalid_error);
         set_hook(state().log, log);
+        set_hook(state().stale_error, stale_error);
+        set_hook(state().counter_error, counter_error);
+        set_hook(state().rolled_back, rolled_back);
+        set_hook(state().versioned, versioned);
+        set_hook(state().due, due);
       },
-      py::kw_only(), "resolve"_a, "status_error"_a, "denied_error"_a, "invalid_error"_a, "log"_a);
+      py::kw_only(), "resolve"_a, "status_error"_a, "denied_error"_a, "invalid_error"_a, "log"_a,
+      "stale_error"_a = py::none(), "counter_error"_a = py::none(), "rolled_back"_a = py::none(),
+      "versioned"_a = py::none(), "due"_a = py::none());
 
   // Two steps: the generation at once (any fork, also by C code), the descriptors when Python says so.
   pthread_atfork(nullptr, nullptr, [] { g_generation.fetch_add(1); });

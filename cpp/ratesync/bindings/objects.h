@@ -28,6 +28,9 @@ struct ModuleState {
   PyTypeObject* limiter_type = nullptr;
   PyTypeObject* waiter_type = nullptr;
   PyTypeObject* ready_type = nullptr;
+  PyTypeObject* state_type = nullptr;
+  PyTypeObject* state_call_type = nullptr;
+  PyObject* keep = nullptr;        // KEEP: the running expiry stays
   PyObject* ready_none = nullptr;  // awaitables that are done, shared
   PyObject* ready_true = nullptr;
   PyObject* ready_false = nullptr;
@@ -37,6 +40,11 @@ struct ModuleState {
   PyObject* denied_error = nullptr;
   PyObject* invalid_error = nullptr;
   PyObject* log = nullptr;
+  PyObject* stale_error = nullptr;  // of state
+  PyObject* counter_error = nullptr;
+  PyObject* rolled_back = nullptr;
+  PyObject* versioned = nullptr;
+  PyObject* due = nullptr;
   PyObject* get_running_loop = nullptr;  // of asyncio, once load_asyncio() was needed
   PyObject* current_task = nullptr;
   PyObject* cancelled_error = nullptr;
@@ -117,13 +125,16 @@ struct WaiterObject {
   std::shared_ptr<LoopState> loop;
   PyObject* callback;
   PyObject* context;
-  PermitObject* permit;                                   // acquisitions; else null
+  PermitObject* permit;  // acquisitions; else null
+  PyObject* owner;       // of raw calls: what `finish` gets; else null
+  PyObject* (*finish)(PyObject* owner, engine::Completion& completion);
   std::function<PyObject*(engine::Completion&)> convert;  // other calls
   PyObject* cancel_message;  // of Task.cancel(msg): anyio knows its cancellations by it
   WaiterObject* previous;    // among the waiters of the loop
   WaiterObject* next;
   Mode mode;
   enum class State : std::uint8_t { pending, done, cancelled, consumed } state;
+  bool cancellable;  // the completion is an Acquisition
   bool blocking;
   bool yielded;  // a task waits on it as a future; before, it is a coroutine to asyncio
 };
@@ -155,6 +166,8 @@ bool init_waiter_type(PyObject* module);
 WaiterObject* new_waiter(std::shared_ptr<engine::Engine> engine, std::shared_ptr<LoopState> loop);
 void completed(WaiterObject* waiter);  // by drain; returns with the task woken
 void abandon(WaiterObject* waiter);    // whatever comes or came is given back
+void give_up(WaiterObject* waiter);    // the awaiting code is leaving: nobody is to be woken, either
+void raise_stop(PyObject* result);     // StopIteration with this value; takes over the reference
 // Raises what the arguments of a coroutine's throw() say. Returns null.
 PyObject* raise_thrown(PyObject* const* args, Py_ssize_t nargs);
 void give_back(engine::Engine& engine, engine::Completion* completion);

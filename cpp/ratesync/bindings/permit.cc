@@ -200,6 +200,7 @@ PyObject* submit_async(PermitObject* permit, const LimiterImpl& impl, engine::Ac
   waiter->mode = mode;
   Py_INCREF(object_of(permit));
   waiter->permit = permit;
+  waiter->cancellable = true;
   Py_INCREF(reinterpret_cast<PyObject*>(waiter));  // the queue's
   if (!impl.engine->submit(engine::StartTask{task})) {
     waiter->state = WaiterObject::State::consumed;

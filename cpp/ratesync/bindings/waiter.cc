@@ -13,7 +13,7 @@ PyObject* raise_cancelled(const WaiterObject* waiter) {
 }
 
 void ask_cancel(WaiterObject* waiter) {
-  if (!waiter->permit || !waiter->completion) return;
+  if (!waiter->cancellable || !waiter->completion) return;
   auto* task = static_cast<engine::Acquisition*>(waiter->completion);
   task->ref();
   if (!waiter->engine->submit(engine::CancelTask{task})) task->unref();
@@ -27,6 +27,10 @@ PyObject* take_result(WaiterObject* waiter) {
   if (waiter->permit) {
     result =
         finish_acquire(waiter->permit, *static_cast<engine::Acquisition*>(completion), waiter->mode, true);
+  } else if (waiter->finish) {
+    PyObject* owner = std::exchange(waiter->owner, nullptr);  // it may refer to us
+    result = waiter->finish(owner, *completion);
+    Py_DECREF(owner);
   } else {
     result = waiter->convert(*completion);
   }
@@ -42,7 +46,7 @@ PySendResult waiter_send(PyObject* object, PyObject*, PyObject** result) {
       return *result ? PYGEN_RETURN : PYGEN_ERROR;
     case WaiterObject::State::pending:
       if (waiter->callback) {
-        PyErr_SetString(PyExc_RuntimeError, "this acquisition is already being awaited");
+        PyErr_SetString(PyExc_RuntimeError, "this call is already being awaited");
         *result = nullptr;
         return PYGEN_ERROR;
       }
@@ -63,28 +67,13 @@ PyObject* waiter_iternext(PyObject* object) {
   PyObject* result = nullptr;
   switch (waiter_send(object, Py_None, &result)) {
     case PYGEN_NEXT: return result;
-    case PYGEN_RETURN: {
-      PyObject* stop = PyObject_CallOneArg(PyExc_StopIteration, result);
-      Py_DECREF(result);
-      if (stop) {
-        PyErr_SetObject(PyExc_StopIteration, stop);
-        Py_DECREF(stop);
-      }
-      return nullptr;
-    }
+    case PYGEN_RETURN: raise_stop(result); break;
     case PYGEN_ERROR: break;
   }
   return nullptr;
 }
 
 PyObject* waiter_send_method(PyObject* object, PyObject*) { return waiter_iternext(object); }
-
-// The awaiting code is leaving: nobody is to be woken.
-void give_up(WaiterObject* waiter) {
-  abandon(waiter);
-  Py_CLEAR(waiter->callback);
-  Py_CLEAR(waiter->context);
-}
 
 PyObject* waiter_throw(PyObject* object, PyObject* const* args, Py_ssize_t nargs) {
   give_up(self_of(object));
@@ -110,7 +99,7 @@ PyObject* waiter_add_done_callback(PyObject* object, PyObject* const* args, Py_s
     return nullptr;
   }
   if (waiter->callback) {
-    PyErr_SetString(PyExc_RuntimeError, "this acquisition is already being awaited");
+    PyErr_SetString(PyExc_RuntimeError, "this call is already being awaited");
     return nullptr;
   }
   PyObject* context = kwnames && PyTuple_GET_SIZE(kwnames) == 1 ? args[1] : nullptr;
@@ -206,6 +195,7 @@ int waiter_traverse(PyObject* object, visitproc visit, void* arg) {
   Py_VISIT(waiter->context);
   Py_VISIT(waiter->cancel_message);
   Py_VISIT(reinterpret_cast<PyObject*>(waiter->permit));
+  Py_VISIT(waiter->owner);
   Py_VISIT(Py_TYPE(object));
   return 0;
 }
@@ -227,6 +217,7 @@ void waiter_dealloc(PyObject* object) {
   if (waiter->next) waiter->next->previous = waiter->previous;
   waiter_clear(object);
   Py_XDECREF(reinterpret_cast<PyObject*>(waiter->permit));
+  Py_XDECREF(waiter->owner);
   waiter->engine.~shared_ptr();
   waiter->loop.~shared_ptr();
   waiter->convert.~function();
@@ -343,10 +334,26 @@ WaiterObject* new_waiter(std::shared_ptr<engine::Engine> engine, std::shared_ptr
   waiter->completion = nullptr;
   waiter->callback = waiter->context = waiter->cancel_message = nullptr;
   waiter->permit = nullptr;
+  waiter->owner = nullptr;
+  waiter->finish = nullptr;
   waiter->mode = Mode::none;
   waiter->state = WaiterObject::State::pending;
-  waiter->blocking = waiter->yielded = false;
+  waiter->cancellable = waiter->blocking = waiter->yielded = false;
   return waiter;
+}
+
+void give_up(WaiterObject* waiter) {
+  abandon(waiter);
+  Py_CLEAR(waiter->callback);
+  Py_CLEAR(waiter->context);
+}
+
+void raise_stop(PyObject* result) {
+  PyObject* stop = PyObject_CallOneArg(PyExc_StopIteration, result);
+  Py_DECREF(result);
+  if (!stop) return;
+  PyErr_SetObject(PyExc_StopIteration, stop);
+  Py_DECREF(stop);
 }
 
 PyObject* raise_thrown(PyObject* const* args, Py_ssize_t nargs) {
@@ -366,6 +373,7 @@ void abandon(WaiterObject* waiter) {
     case WaiterObject::State::pending:
       waiter->state = WaiterObject::State::cancelled;
       ask_cancel(waiter);
+      Py_CLEAR(waiter->owner);
       if (waiter->permit) waiter->permit->phase = Phase::idle;
       break;
     case WaiterObject::State::done:

@@ -17,6 +17,11 @@ constexpr auto kCloseBudget = std::chrono::milliseconds(1500);
 
 }  // namespace
 
+void StoreEntry::shutdown_services() const {
+  if (limits) limits->shutdown();
+  states->shutdown();
+}
+
 Engine::Engine(bool manual_clock)
     : pid_(::getpid()),
       clock_(manual_clock),
@@ -51,6 +56,7 @@ Result<StoreEntry*> Engine::add_store(const std::string& id, const std::string& 
     entry->limits = std::make_unique<LimitService>(*entry->store, *timers_, std::random_device{}());
     entry->limits->serve(multi_.get());
   }
+  entry->states = std::make_unique<StateServices>(*entry->store, *timers_);
   const std::lock_guard lock(submit_mutex_);
   stores_.push_back(std::move(entry));
   return stores_.back().get();
@@ -120,8 +126,7 @@ void Engine::shutdown() {
   std::future<void> done = closing->all_closed.get_future();
   io_->post([this, closing] {
     drain();  // what was submitted before the end is still answered
-    for (auto& entry : stores_)
-      if (entry->limits) entry->limits->shutdown();
+    for (auto& entry : stores_) entry->shutdown_services();
     closing->left = stores_.size() + 1;
     const auto one_less = [closing] {
       if (--closing->left == 0) closing->all_closed.set_value();

@@ -18,6 +18,7 @@
 
 #include "ratesync/engine/limit_service.h"
 #include "ratesync/engine/multi_service.h"
+#include "ratesync/engine/state_service.h"
 #include "ratesync/engine/store_factory.h"
 #include "ratesync/net/io_thread.h"
 
@@ -29,6 +30,9 @@ struct StoreEntry {
   std::string kind;
   std::unique_ptr<store::Store> store;
   std::unique_ptr<LimitService> limits;
+  std::unique_ptr<StateServices> states;
+  // I/O thread: answers everything under way with Code::closed.
+  void shutdown_services() const;
 };
 
 // What may be put on the I/O thread's queue.
