@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 import pytest
 
 import ratesync
-from ratesync import Pending, Permit, RateLimiter
+from ratesync import Pending, RateLimiter, Store
 
-__all__ = ["SLOW", "Caller", "Contract", "MakeLimiter", "eventually"]
+__all__ = ["SLOW", "Caller", "Contract", "MakeLimiter", "StoreContract", "eventually"]
 
 T = TypeVar("T")
 SLOW = 0.01  # units per second: the next one comes after 100 s, that is never
@@ -44,24 +44,37 @@ class Caller:
         return self._runner.run(result())
 
     @contextlib.contextmanager
-    def holding(self, permit: Permit) -> Iterator[Permit]:
-        """`with permit` or `async with permit`."""
+    def holding(self, manager: Any) -> Iterator[Any]:
+        """`with` or `async with` of a permit, a lock, or an idempotent operation."""
         if self._runner is None:
-            with permit as entered:
+            with manager as entered:
                 yield entered
             return
 
-        async def enter() -> Permit:
-            return await permit.__aenter__()
+        async def enter() -> Any:
+            return await manager.__aenter__()
 
-        async def leave(*exc: Any) -> None:
-            await permit.__aexit__(*exc)
+        async def leave(*exc: Any) -> Any:
+            return await manager.__aexit__(*exc)
 
         entered = self._runner.run(enter())
         try:
             yield entered
-        finally:
-            self._runner.run(leave(*sys.exc_info()))
+        except BaseException:
+            if not self._runner.run(leave(*sys.exc_info())):
+                raise
+        else:
+            self._runner.run(leave(None, None, None))
+
+    def each(self, items: Any) -> list[Any]:
+        """What `for` or `async for` yields."""
+        if self._runner is None:
+            return list(items)
+
+        async def collect() -> list[Any]:
+            return [item async for item in items]
+
+        return self._runner.run(collect())
 
     def close(self) -> None:
         if self._runner is not None:
@@ -75,13 +88,29 @@ async def eventually(condition: Callable[[], Awaitable[bool]], seconds: float = 
             await asyncio.sleep(0.005)
 
 
-class Contract:
+class StoreContract:
     """Inherit, and say in the fixture `store_options` how to configure the store."""
 
     @pytest.fixture
     def store_options(self) -> dict[str, Any]:
         """Arguments of `configure_store` for an empty store of its own."""
         raise NotImplementedError
+
+    @pytest.fixture
+    def store(self, ratesync_registry: Path, store_options: dict[str, Any]) -> Store:
+        """The store under test, configured as "contract"."""
+        ratesync.configure_store("contract", **store_options)
+        return ratesync.get_store("contract")
+
+    @pytest.fixture(params=["asyncio", "threads"])
+    def call(self, request: pytest.FixtureRequest, ratesync_registry: Path) -> Iterator[Caller]:
+        caller = Caller(request.param)
+        yield caller
+        caller.close()
+
+
+class Contract(StoreContract):
+    """The contracts of limits."""
 
     @pytest.fixture
     def limit(self, ratesync_registry: Path, store_options: dict[str, Any]) -> MakeLimiter:
@@ -95,12 +124,6 @@ class Contract:
             return ratesync.get_limiter(limiter_id)
 
         return make
-
-    @pytest.fixture(params=["asyncio", "threads"])
-    def call(self, request: pytest.FixtureRequest, ratesync_registry: Path) -> Iterator[Caller]:
-        caller = Caller(request.param)
-        yield caller
-        caller.close()
 
     @staticmethod
     async def enter(limiter: RateLimiter) -> None:
