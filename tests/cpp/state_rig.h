@@ -44,7 +44,7 @@ struct StateRig {
     StateCall call;
     call.verb = verb;
     call.space = space;
-    call.kind = kind;
+    call.kind = own_kind;
     call.key = key;
     call.id = ++ids;
     call.value = text("v");
@@ -151,7 +151,7 @@ struct StateRig {
   }
 
   std::int64_t ids = 0;
-  const std::string kind = "k";
+  const std::string own_kind = "k";
 };
 
 }  // namespace ratesync::memory

@@ -69,8 +69,11 @@ Slot* RowTable::insert(const Family& family, std::string_view key, Place place, 
 }
 
 void RowTable::resize(Slot& slot, std::size_t value_size) {
-  if (slot.row->value_size == value_size) return;
-  slot.row = allocate(slot.row, slot.row->key_size, value_size);
+  constexpr std::size_t kSmall = 64;
+  const Row& row = *slot.row;
+  if (value_size == row.value_size) return;
+  if (value_size > row.value_size || row.value_size > kSmall)  // else the block stays, a little too large
+    slot.row = allocate(slot.row, row.key_size, value_size);
   slot.row->value_size = static_cast<std::uint32_t>(value_size);
 }
 
@@ -121,6 +124,7 @@ std::uint32_t RowTable::sweep(std::int64_t now, std::uint32_t slots, std::uint32
   slots = std::min(slots, capacity());
   while (slots > 0 && removed < limit) {
     const Slot& slot = slots_[hand_];
+    __builtin_prefetch(slots_[(hand_ + 8) & mask_].row);  // most likely cold
     if (slot.row && slot.dead_from <= second) {
       const Row& row = *slot.row;
       const bool waits = row.claim && !row.removed;

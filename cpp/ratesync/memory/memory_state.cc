@@ -201,12 +201,14 @@ bool MemoryState::create(const Family& family, std::string_view key, const Value
   ask.key = key;
   ask.value = value;
   ask.ttl = ttl;
-  const std::int64_t ms = now();
   const Place place = place_of(family, key);
   RowTable& table = table_of(place);
+  std::int64_t ms = 0;
   bool sweep = false;
   {
     const std::lock_guard lock(table.lock);
+    table.prefetch(place.tag);
+    ms = now();  // under the lock: of two on one key, the second never sees an earlier time
     Slot* slot = table.find(family, key, place.tag);
     const Deal deal = judge(ask, slot ? slot->row : nullptr, table.floor(place.bucket), ms);
     if (!deal.writes) return false;
@@ -220,12 +222,14 @@ bool MemoryState::create(const Family& family, std::string_view key, const Value
 Answer MemoryState::decide(const Family& family, const Ask& ask) {
   if (is_timeout(ask.verb)) return decide_timeout(family, ask);
   Answer answer;
-  const std::int64_t ms = now();
   const Place place = place_of(family, ask.key);
   RowTable& table = table_of(place);
+  std::int64_t ms = 0;
   bool sweep = false;
   {
     const std::lock_guard lock(table.lock);
+    table.prefetch(place.tag);
+    ms = now();  // as in create()
     Slot* slot = table.find(family, ask.key, place.tag);
     const Row* row = slot ? slot->row : nullptr;
     const Deal deal = judge(ask, row, table.floor(place.bucket), ms);
