@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ratesync._engine import Permit, acquire, shutdown
 from ratesync._pending import Pending
-from ratesync._states import configure_state
+from ratesync._states import configure_state, state
 from ratesync._version import __version__
 from ratesync.errors import (
     AcquireTimeoutError,
@@ -72,7 +72,7 @@ from ratesync.registry import (
 from ratesync.stores import Store
 
 if TYPE_CHECKING:
-    from ratesync import testing
+    from ratesync import ops, testing
     from ratesync._legacy import configure_rate_limiter, get_rate_limiter, initialize_rate_limiter
     from ratesync.checks import check_limiter, check_multi_limiters
     from ratesync.composite import CompositeLimitCheck, CompositeRateLimiter, StrategyType
@@ -81,6 +81,7 @@ if TYPE_CHECKING:
     from ratesync.engines.postgres import PostgresRateLimiter
     from ratesync.engines.redis import RedisRateLimiter
     from ratesync.schemas import MultiLimiterResult, RateLimitResult
+    from ratesync.states import Due, State, Versioned
 
 __all__ = [
     "AcquireTimeoutError",
@@ -89,6 +90,7 @@ __all__ = [
     "ConfigFileNotFoundError",
     "ConfigValidationError",
     "CounterOverflowError",
+    "Due",
     "IdempotencyError",
     "IdempotencyMismatchError",
     "InDoubtError",
@@ -120,6 +122,7 @@ __all__ = [
     "RedisRateLimiter",
     "RolledBackError",
     "StaleVersionError",
+    "State",
     "StateError",
     "Store",
     "StoreClosedError",
@@ -131,6 +134,7 @@ __all__ = [
     "StoreTimeoutError",
     "StoreUnavailableError",
     "StrategyType",
+    "Versioned",
     "__version__",
     "acquire",
     "check_limiter",
@@ -154,8 +158,10 @@ __all__ = [
     "list_limiters",
     "list_stores",
     "load_config",
+    "ops",
     "rate_limited",
     "shutdown",
+    "state",
     "testing",
     "try_acquire",
 ]
@@ -165,18 +171,22 @@ __all__ = [
 _LAZY = {
     "CompositeLimitCheck": "composite",
     "CompositeRateLimiter": "composite",
+    "Due": "states",
     "MemoryRateLimiter": "engines.memory",
     "MultiLimiterResult": "schemas",
     "PostgresRateLimiter": "engines.postgres",
     "RateLimitResult": "schemas",
     "RedisRateLimiter": "engines.redis",
+    "State": "states",
     "StrategyType": "composite",
+    "Versioned": "states",
     "check_limiter": "checks",
     "check_multi_limiters": "checks",
     "configure_rate_limiter": "_legacy",
     "get_rate_limiter": "_legacy",
     "initialize_rate_limiter": "_legacy",
     "rate_limited": "decorators",
+    "ops": "ops",
     "testing": "testing",
 }
 

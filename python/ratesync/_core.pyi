@@ -135,6 +135,10 @@ class KeepType: ...
 
 KEEP: KeepType
 
+C = TypeVar("C", bound=type)
+
+def compiled(cls: C) -> C: ...  # the base's compiled methods, with the documentation in the class
+
 class State:
     """Base of `ratesync.State`: the hot path. Each method checks what it is given and makes a Pending."""
 
@@ -182,6 +186,9 @@ class State:
     def _finish(
         self, key: str, value: Any, version: int, ttl: Ttl | KeepType, kind: str | None
     ) -> Pending[tuple[bool, int]]: ...  # done, version found
+    def _scan(
+        self, kind: str | None, prefix: str, cursor: str, page_size: int
+    ) -> Pending[tuple[list[tuple[str, Any, int, int]], str]]: ...  # (key, value, version, ms) and cursor
     # A subclass may have `_renew(self) -> State`: in a forked child, what to stand on from now on.
 
 def set_hooks(

@@ -19,28 +19,37 @@ from ratesync import _core, errors
 from ratesync._core import (
     HAS_POSTGRES,
     HAS_REDIS,
+    KEEP,
     Engine,
+    KeepType,
     Limiter,
     Permit,
     acquire,
     acquire_limits,
     attempt,
     bound_limiters,
+    compiled,
 )
+from ratesync._core import Pending as CorePending
+from ratesync._core import State as CoreState
 from ratesync._core import Store as CoreStore
 
 __all__ = [
     "HAS_POSTGRES",
     "HAS_REDIS",
     "KEEP",
+    "CorePending",
+    "CoreState",
     "CoreStore",
     "Engine",
+    "KeepType",
     "Limiter",
     "Permit",
     "acquire",
     "acquire_limits",
     "attempt",
     "bound_limiters",
+    "compiled",
     "default_engine",
     "install",
     "lock",
@@ -49,15 +58,13 @@ __all__ = [
     "use_engine",
 ]
 
-# Of compare_and_swap: the running expiry stays.
-KEEP: Any = getattr(_core, "KEEP", ...)
-
 log = logging.getLogger("ratesync")
 lock = threading.RLock()
 
 _engine: Engine | None = None
 _exiting = False
 _on_drop: list[Callable[[], None]] = []
+_hooks: dict[str, Any] = {}
 
 
 def default_engine() -> Engine:
@@ -105,13 +112,26 @@ def shutdown() -> None:
 
 def install(resolve: Callable[[str], Limiter | tuple[Limiter, str]]) -> None:
     """Connects the core with the registry (`resolve`) and with the exceptions."""
-    _core.set_hooks(
+    _hooks.update(
         resolve=resolve,
         status_error=errors.from_status,
         denied_error=errors.from_denial,
         invalid_error=errors.from_invalid,
         log=_log,
+        stale_error=errors.StaleVersionError,
+        counter_error=errors.from_counter,
+        rolled_back=errors.RolledBackError,
     )
+    _core.set_hooks(**_hooks)
+
+
+def install_records(
+    versioned: Callable[[Any, int, int], Any], due: Callable[[str, str, int, int], Any]
+) -> None:
+    """Tells the core what to make of values with their versions, and of timeouts that are due."""
+    _hooks.update(versioned=versioned, due=due)
+    if "resolve" in _hooks:
+        _core.set_hooks(**_hooks)
 
 
 def _drop() -> Engine | None:

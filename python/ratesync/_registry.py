@@ -233,6 +233,10 @@ class RateLimiterRegistry:
             self._state_store = Store(core, engine.now, config.options.timing_margin, config.options)
             return self._state_store, options
 
+    def renewed(self, store_id: str) -> Store:
+        """The store that takes the place of one that was closed, or belongs to the parent of this process."""
+        return self.state()[0] if store_id == STATE_STORE else self.store(store_id)
+
     def _refuse_private_state(self, note: str) -> None:
         # Locks of one process, where the limits are shared, would be found out too late.
         shared = next((name for name, one in self._backends.items() if one.engine != "memory"), None)

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from ratesync import _engine
 from ratesync._registry import _registry
 
-__all__ = ["configure_state"]
+if TYPE_CHECKING:
+    from ratesync.states import State
+
+__all__ = ["configure_state", "state"]
+
+# What state() has made, by its arguments; each belongs to the store that it was made on.
+_states: dict[tuple[Any, ...], State] = {}
+_engine.on_drop(_states.clear)
+MAX_STATES = 1024  # beyond, they are made anew
 
 
 def configure_state(
@@ -52,3 +61,46 @@ def configure_state(
     chosen = {"backend": backend, "store": store}
     given |= {name: value for name, value in chosen.items() if value is not None}
     _registry.set_state(build_state(given, "configure_state"))
+
+
+def state(
+    namespace: str | None = None,
+    tenant: str | None = None,
+    *,
+    kind: str = "state",
+    codec: Literal["json"] | None = None,
+) -> State:
+    """The state that `[state]` or `configure_state` describes; the embedded store's where nothing does.
+
+    The same object for the same arguments, so it can be called wherever it is needed.
+
+    Args:
+        namespace: part of every key; None: the configured one.
+        tenant: part of every key; None: the configured one.
+        kind: part of every key, unless an operation names another one.
+        codec: None for str, bytes and int; `json` for what JSON can say.
+
+    Raises:
+        ConfigValidationError: the configuration is not valid, or has shared stores and no `[state]`.
+
+    Example:
+        >>> import ratesync
+        >>> ratesync.state().increment("visits", ttl=60).wait()
+        1
+        >>> ratesync.state(tenant="acme").get("visits").wait() is None
+        True
+    """
+    store, options = _registry.state()
+    chosen = (
+        options.namespace if namespace is None else namespace,
+        options.tenant if tenant is None else tenant,
+    )
+    key = (options.prefix, *chosen, kind, codec, options.timeout)
+    found = _states.get(key)
+    if found is not None and found.store is store:
+        return found
+    made = store.state(options.prefix, *chosen, kind=kind, codec=codec, timeout=options.timeout)
+    if len(_states) >= MAX_STATES:
+        _states.clear()
+    _states[key] = made
+    return made

@@ -9,7 +9,7 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 from typing import Any, Literal, NamedTuple
 
-from ratesync._engine import KEEP
+from ratesync._engine import KEEP, KeepType
 
 __all__ = [
     "KEEP",
@@ -56,7 +56,7 @@ class Op(NamedTuple):
     key: str
     kind: str | None = None
     value: Any = None
-    ttl: Ttl | Any = None
+    ttl: Ttl | KeepType = None
     expected: int | None = None
     delta: int = 1
     renew: bool = False
@@ -98,7 +98,7 @@ def increment(
 
 
 def compare_and_swap(
-    key: str, *, expected: int, value: Any, ttl: Ttl | Any = KEEP, kind: str | None = None
+    key: str, *, expected: int, value: Any, ttl: Ttl | KeepType = KEEP, kind: str | None = None
 ) -> Op:
     """Writes where the version is `expected`, 0: creates; the result is the new version."""
     return Op("compare_and_swap", key, kind, value, ttl, expected)

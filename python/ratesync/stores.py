@@ -11,7 +11,7 @@ import contextlib
 import os
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any, TypedDict, cast
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
 from ratesync._engine import CoreStore
 from ratesync._pending import Pending, script
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
     from ratesync._schemas import StoreOptions
+    from ratesync.states import State
 
 __all__ = ["Finding", "GroupRow", "HolderRow", "MigrationStep", "Store", "StoreListing"]
 
@@ -149,6 +150,59 @@ class Store:
     def stats(self) -> Pending[dict[str, int]]:
         """Counters of this process: round trips, statements, batched operations, conflicts, connections."""
         return self._core.stats()
+
+    # State ----------------------------------------------------------------------------------------
+
+    def state(
+        self,
+        prefix: str = "acteon_",
+        namespace: str = "default",
+        tenant: str = "default",
+        *,
+        kind: str = "state",
+        codec: Literal["json"] | None = None,
+        timeout: float | None = 5.0,
+    ) -> State:
+        """Keys of one namespace and tenant in this store: dedup keys, counters, versioned values, timeouts.
+
+        Args:
+            prefix: what the names of tables or keys start with, 0 to 40 bytes. Different ones never meet.
+            namespace: part of every key, 1 to 255 bytes.
+            tenant: part of every key, 1 to 255 bytes.
+            kind: part of every key, unless an operation names another one.
+            codec: None for str, bytes and int; `json` for what JSON can say.
+            timeout: seconds that one operation may take, queueing and reconnecting included; None: no bound.
+
+        Raises:
+            ConfigValidationError: names the argument and what was expected.
+
+        Example:
+            >>> import ratesync
+            >>> carts = ratesync.get_store("memory").state("shop_", tenant="acme", codec="json")
+            >>> carts.set("cart-7", {"items": [1, 2]}, ttl=3600).wait()
+            1
+            >>> carts.get("cart-7").wait()
+            {'items': [1, 2]}
+        """
+        from ratesync.states import State
+
+        return State._on(
+            self,
+            prefix=prefix,
+            namespace=namespace,
+            tenant=tenant,
+            kind=kind,
+            codec=codec,
+            timeout=timeout,
+        )
+
+    def _current(self) -> Store:
+        """The store of the same name in this process; itself, unless it is another process's."""
+        if not self._closed:
+            return self
+        from ratesync._registry import _registry
+
+        return _registry.renewed(self.store_id)
 
     @script
     def close(self) -> Generator[Pending[Any], Any, None]:

@@ -45,12 +45,15 @@ FUNCTIONS = {
     "rate_limited": "(limiter_or_factory: 'Limited | Factory', *, timeout: 'float | None' = None, "
     "mode: \"Literal['wait', 'try']\" = 'wait') -> 'Any'",
     "shutdown": "() -> 'None'",
+    "state": "(namespace: 'str | None' = None, tenant: 'str | None' = None, *, kind: 'str' = 'state', "
+    "codec: \"Literal['json'] | None\" = None) -> 'State'",
     "try_acquire": "(limiter_id: 'str', *more: 'str | float | None', timeout: 'float | None' = 0, "
     "cost: 'int' = 1, key: 'str | None' = None) -> 'Pending[bool]'",
 }
 CLASSES = {
     "CompositeLimitCheck",
     "CompositeRateLimiter",
+    "Due",
     "LimiterReadOnlyConfig",
     "LimiterState",
     "MemoryRateLimiter",
@@ -62,7 +65,9 @@ CLASSES = {
     "RateLimiter",
     "RateLimiterMetrics",
     "RedisRateLimiter",
+    "State",
     "Store",
+    "Versioned",
 }
 ERRORS = {
     "AcquireTimeoutError",
@@ -101,7 +106,7 @@ ERRORS = {
 }
 
 
-OTHERS = {"__version__", "StrategyType", "testing"}
+OTHERS = {"__version__", "StrategyType", "ops", "testing"}
 
 
 def test_the_package_exports_exactly_these_names() -> None:

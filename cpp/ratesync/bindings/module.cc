@@ -204,6 +204,10 @@ PyMethodDef kAcquireLimits = {
 PyMethodDef kAttempt = {"attempt", attempt_function, METH_O,
                         "attempt(permit)\n--\n\nWhether the permit is granted, as a Pending."};
 
+PyMethodDef kCompiled = {
+    "compiled", compiled_class, METH_O,
+    "compiled(cls)\n--\n\nClass decorator: compiled methods of the base, documented by the class."};
+
 void after_fork_in_child() {
   for (engine::Engine* engine : engines()) engine->abandon_after_fork();
   engines().clear();
@@ -354,6 +358,8 @@ PYBIND11_MODULE(_core, module) {
                         &kAcquireLimits, module.ptr(), py::str("ratesync").release().ptr())));
   module.add_object("attempt", py::reinterpret_steal<py::object>(PyCFunction_NewEx(
                                    &kAttempt, module.ptr(), py::str("ratesync").release().ptr())));
+  module.add_object("compiled", py::reinterpret_steal<py::object>(PyCFunction_NewEx(
+                                    &kCompiled, module.ptr(), py::str("ratesync").release().ptr())));
   module.def("bound_limiters", [] { return py::reinterpret_borrow<py::dict>(state().bound); });
   module.def("forked", [] { return g_generation.load() != 0; });
   module.def(
