@@ -32,17 +32,7 @@ void PgLimitStore::ask_everybody() {
 }
 
 void PgLimitStore::probe(const std::string& channel, const std::string& payload) {
-  static const Statement notify{"ratesync_notify", "SELECT pg_notify($1, $2)"};
-  backend_.pool().get([this, channel, payload, alive = alive_](Result<PgPool::Lease> got) {
-    if (!*alive || !got.ok()) return;
-    const PgPool::Lease connection = got.value();
-    std::vector<Call> calls;
-    calls.push_back({&notify, {Param::text(channel), Param::text(payload)}});
-    count(calls, 0);
-    connection->run(std::move(calls), [this, connection, alive](const PipelineResult&) {
-      if (*alive) backend_.pool().put(connection);
-    });
-  });
+  notify(backend_.pool(), alive_, channel, payload);
 }
 
 void PgLimitStore::add_unwaits(const OpList& unwaits, std::vector<Call>& calls) {

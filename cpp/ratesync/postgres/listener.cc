@@ -142,4 +142,18 @@ void Listener::abandon_after_fork() {
   (void)timer_.release();
 }
 
+void notify(PgPool& pool, const std::shared_ptr<bool>& alive, const std::string& channel,
+            const std::string& payload) {
+  static const Statement statement{"ratesync_notify", "SELECT pg_notify($1, $2)"};
+  pool.get([&pool, alive, channel, payload](Result<PgPool::Lease> got) {
+    if (!*alive || !got.ok()) return;
+    const PgPool::Lease connection = got.value();
+    std::vector<Call> calls;
+    calls.push_back({&statement, {Param::text(channel), Param::text(payload)}});
+    connection->run(std::move(calls), [&pool, alive, connection](const PipelineResult&) {
+      if (*alive) pool.put(connection);
+    });
+  });
+}
+
 }  // namespace ratesync::postgres

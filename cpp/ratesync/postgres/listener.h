@@ -15,6 +15,7 @@
 
 #include "ratesync/base/clock.h"
 #include "ratesync/postgres/connection.h"
+#include "ratesync/postgres/pg_pool.h"
 
 namespace ratesync::postgres {
 
@@ -68,5 +69,10 @@ class Listener {
   std::unique_ptr<asio::steady_timer> timer_;  // behind a pointer: leaked after fork
   std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
 };
+
+// Sends one notice over a connection of the pool, as Hooks::probe wants. Lost where that fails. `alive`:
+// while true, the pool is there.
+void notify(PgPool& pool, const std::shared_ptr<bool>& alive, const std::string& channel,
+            const std::string& payload);
 
 }  // namespace ratesync::postgres

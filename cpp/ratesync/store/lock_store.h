@@ -43,9 +43,11 @@ struct LockOp {
   std::int64_t ttl = 0;    // ms from 1: acquire, renew
   std::int64_t token = 0;  // renew, release, break_
   // Stands in line: refused as taken, the store remembers this process as a waiter of the name, behind
-  // those that wait already, until stop_waiting(), and tells it through on_freed().
+  // those that wait already, until stop_waiting() or until the process gets the lock (whoever waits on asks
+  // again, and stands at the end), and tells it through on_freed(). `remaining` says when to ask again at the
+  // latest.
   bool queued = false;
-  // acquire: names this acquisition, unique over all processes, never 0. Kept with the lock, so that the
+  // acquire: names this acquisition, unique over all processes, above 0. Kept with the lock, so that the
   // same acquire, sent again after a lost answer, finds that it holds the lock and gets the same token.
   std::int64_t id = 0;
   Nanos deadline = kForever;  // engine's clock: not sent by then, it fails with Code::timeout
@@ -79,7 +81,8 @@ class LockStore {
 
   // Nobody of this process stands in line for the lock any more.
   virtual void stop_waiting(const SpaceRef& space, const std::string& name) = 0;
-  // Called when a lock was freed that is meant for a waiter of this process.
+  // Called when a lock was freed that is meant for a waiter of this process. Where nobody waits any more:
+  // answer with stop_waiting(), and the next in line hears of it.
   virtual void on_freed(std::function<void(const Space&, const std::string& name)> listener) = 0;
   // Whether on_freed() can be relied on at this moment; otherwise waiters ask now and then.
   [[nodiscard]] virtual bool pushes() const = 0;

@@ -1,0 +1,329 @@
+// The rounds of a trip: what is asked in one pipeline, and how its answer is dealt out.
+#include <algorithm>
+#include <chrono>
+#include <utility>
+
+#include "ratesync/postgres/errors.h"
+#include "ratesync/postgres/limit_params.h"
+#include "ratesync/postgres/lock_trip.h"
+
+namespace ratesync::postgres {
+
+using store::LockOp;
+using Outcome = store::LockReply::Outcome;
+
+namespace {
+
+constexpr unsigned kAttempts = 12;
+constexpr unsigned kLongestPause = 5;  // as a power of two, in milliseconds
+constexpr unsigned kLostRaces = 20;
+// After a lost answer: pauses between attempts to reach the server, and the end where there is no deadline.
+constexpr Nanos kDoubtPause = kSecond / 4;
+constexpr Nanos kDoubtEnd = 60 * kSecond;
+
+const Statement kLazyCommit{"ratesync_lazy_commit", "SELECT set_config('synchronous_commit', 'off', true)"};
+
+}  // namespace
+
+void PgLockStore::begin_trip(Lane& lane, ItemBatcher::Batch batch, PgPool::Lease connection,
+                             unsigned in_a_row) {
+  auto trip = std::make_shared<Trip>(lane, std::move(batch), std::move(connection));
+  trip->trips_in_a_row = in_a_row;
+  trip->pending.reserve(trip->batch.ops.size());
+  for (LockItem& item : trip->batch.ops) {
+    tickets_.erase(item.op);
+    trip->pending.push_back(&item);
+  }
+  start_round(trip);
+}
+
+void PgLockStore::start_round(const TripPtr& trip) {
+  while (trip->pending.empty()) {
+    if (trip->parked.empty()) return land(trip);
+    trip->pending = std::move(trip->parked.back());
+    trip->parked.pop_back();
+  }
+  if (!trip->connection || !trip->connection->open()) return reconnect(trip);
+  trip->round = plan_locks(trip->pending, !sql().queue.sql.empty());
+  std::vector<Call> calls = build_calls(*trip);
+  count(calls, trip->pending.size() - trip->round.later.size());
+  trip->connection->run(std::move(calls), [this, trip, alive = alive_](PipelineResult result) {
+    if (*alive) answered(trip, std::move(result));
+  });
+}
+
+namespace {
+
+Call keep_call(const Statement& statement, const LockItems& keeps) {
+  ArrayWriter tokens, ttls, marks;
+  for (const LockItem* item : keeps) {
+    const bool any = item->op->verb == LockOp::Verb::break_ && item->op->token == 0;
+    tokens.add(any || item->op->token > 0 ? item->op->token : -1);
+    ttls.add(item->op->verb == LockOp::Verb::renew ? item->op->ttl : 0);
+    marks.add(item->mark);
+  }
+  Call call{&statement, lock_names(keeps)};
+  call.params.push_back(tokens.take());
+  call.params.push_back(ttls.take());
+  call.params.push_back(marks.take());
+  return call;
+}
+
+Call take_call(const Statement& statement, const LockItems& takes, const std::string& holder,
+               const std::string& me) {
+  ArrayWriter ids, ttls;
+  for (const LockItem* item : takes) {
+    ids.add(item->op->id);
+    ttls.add(item->op->ttl);
+  }
+  Call call{&statement, lock_names(takes)};
+  call.params.push_back(ids.take());
+  call.params.push_back(ttls.take());
+  call.params.push_back(Param::text(holder));
+  call.params.push_back(Param::text(me));
+  return call;
+}
+
+Call served_call(const Statement& statement, const LockItems& served, const std::string& me) {
+  ArrayWriter ids;
+  for (const LockItem* item : served) ids.add(item->op->id);
+  Call call{&statement, lock_names(served)};
+  call.params.push_back(ids.take());
+  call.params.push_back(Param::text(me));
+  return call;
+}
+
+Call named_call(const Statement& statement, const LockItems& items, const std::string& who,
+                std::string more = {}) {
+  Call call{&statement, lock_names(items)};
+  call.params.push_back(Param::text(who));
+  if (!more.empty()) call.params.push_back(Param::text(std::move(more)));
+  return call;
+}
+
+}  // namespace
+
+// What frees a lock comes before what takes one, and whom to tell comes last: see kNotify.
+std::vector<Call> PgLockStore::build_calls(Trip& trip) {
+  const LockSql& sql = this->sql();
+  const LockRound& round = trip.round;
+  const std::string me = std::to_string(me_);
+  std::vector<Call> calls;
+  const auto add = [&calls](Call call) {
+    calls.push_back(std::move(call));
+    return calls.size() - 1;
+  };
+  trip.freeing.clear();
+  const bool waiters = !sql.queue.sql.empty();
+  if (!round.queues.empty()) {
+    add({&kLazyCommit, {}});  // a place in line need not be durable
+    trip.queue_call = add(named_call(sql.queue, round.queues, me, std::to_string(kLockPlace / kMilli)));
+  }
+  if (!round.looks.empty()) trip.look_call = add(named_call(sql.look, round.looks, me));
+  if (!round.keeps.empty()) trip.keep_call = add(keep_call(sql.keep, round.keeps));
+  if (!round.unwaits.empty() && waiters) add(named_call(sql.unwait, round.unwaits, me));
+  if (!round.takes.empty())
+    trip.take_call = add(take_call(sql.take, round.takes, backend_.options().holder, me));
+  if (!waiters) return calls;
+
+  LockItems served;
+  for (LockItem* item : round.takes)
+    if (waiting_.contains(item->key)) served.push_back(item);
+  if (!served.empty()) add(served_call(sql.served, served, me));
+  for (const LockItems* list : {&round.keeps, &round.unwaits})
+    for (LockItem* item : *list)
+      if (item->frees()) trip.freeing.push_back(item);
+  if (trip.freeing.empty()) return calls;
+  std::stable_sort(trip.freeing.begin(), trip.freeing.end(),
+                   [](const LockItem* a, const LockItem* b) { return a->key < b->key; });
+  for (std::size_t i = 0; i < trip.freeing.size(); ++i) trip.freeing[i]->row = i;
+  trip.notify_call = add(named_call(sql.notify, trip.freeing, me, channel_));
+  return calls;
+}
+
+// --- answers ------------------------------------------------------------------------------------
+
+void PgLockStore::deal_keeps(Trip& trip, const Rows& rows, Dealt& dealt) {
+  const LockItems& keeps = trip.round.keeps;
+  for (LockItem* item : keeps) {
+    item->op->reply = {};
+    item->op->reply.outcome = Outcome::lost;
+    dealt.done.push_back(item);
+  }
+  for (int row = 0; row < rows.rows(); ++row) {
+    const auto at = static_cast<std::size_t>(rows.integer(row, 0) - 1);
+    if (at >= keeps.size()) continue;
+    LockOp& op = *keeps[at]->op;
+    op.reply.outcome = Outcome::held;
+    if (op.verb == LockOp::Verb::renew) op.reply.remaining = op.ttl;
+  }
+}
+
+void PgLockStore::deal_takes(Trip& trip, const Rows& rows, Dealt& dealt) {
+  std::unordered_map<std::int64_t, std::int64_t> tokens;
+  for (int row = 0; row < rows.rows(); ++row) tokens[rows.integer(row, 0)] = rows.integer(row, 1);
+  for (LockItem* item : trip.round.takes) {
+    const auto found = tokens.find(item->op->id);
+    if (found == tokens.end()) {
+      item->refused = true;
+      dealt.again.push_back(item);
+      continue;
+    }
+    item->op->reply = {};
+    item->op->reply.token = found->second;
+    item->op->reply.remaining = item->op->ttl;
+    forget(item->key);  // `served` did
+    dealt.done.push_back(item);
+  }
+}
+
+void PgLockStore::deal_asked(const LockItems& items, const Rows& rows, bool queue, Dealt& dealt) {
+  std::unordered_map<std::size_t, int> found;
+  for (int row = 0; row < rows.rows(); ++row) found[static_cast<std::size_t>(rows.integer(row, 0) - 1)] = row;
+  for (LockItem* item : items) {
+    const auto at = found.find(item->row);
+    const int row = at == found.end() ? -1 : at->second;
+    const std::int64_t left = row < 0 ? 0 : rows.integer(row, 3);
+    const bool kept = row >= 0 && !rows.is_null(row, 4);
+    if (left <= 0 && !kept && item->lost_races < kLostRaces) {
+      // Free by now: try once more.
+      ++item->lost_races;
+      ++stats_.conflicts;
+      item->refused = false;
+      dealt.again.push_back(item);
+      continue;
+    }
+    store::LockReply& reply = item->op->reply;
+    reply = {};
+    reply.outcome = Outcome::taken;
+    reply.remaining = std::max<std::int64_t>(left > 0 || !kept ? left : rows.integer(row, 4), 1);
+    if (row >= 0) reply.token = rows.integer(row, 1);
+    if (left > 0) reply.holder = rows.text(row, 2);
+    if (queue) remember(item->key, reply.remaining * kMilli);
+    dealt.done.push_back(item);
+  }
+}
+
+void PgLockStore::answered(const TripPtr& trip, PipelineResult result) {
+  if (!result.status.ok()) return failed(trip, result);
+  trip->attempt = 1;
+  const LockRound& round = trip->round;
+  Dealt dealt;
+  if (!round.keeps.empty()) deal_keeps(*trip, *result.results[trip->keep_call], dealt);
+  if (!round.takes.empty()) deal_takes(*trip, *result.results[trip->take_call], dealt);
+  if (!round.looks.empty()) deal_asked(round.looks, *result.results[trip->look_call], false, dealt);
+  if (!round.queues.empty()) deal_asked(round.queues, *result.results[trip->queue_call], true, dealt);
+  if (!trip->freeing.empty()) {
+    const Rows& told = *result.results[trip->notify_call];
+    for (int row = 0; row < told.rows(); ++row) {
+      const auto at = static_cast<std::size_t>(told.integer(row, 0) - 1);
+      if (at < trip->freeing.size() && told.boolean(row, 1)) dealt.freed.push_back(trip->freeing[at]->key);
+    }
+  }
+
+  trip->pending = std::move(dealt.again);
+  trip->pending.insert(trip->pending.end(), round.later.begin(), round.later.end());
+  trip->round = LockRound{};
+  // The next statement leaves before the callers of this one are told: server and client overlap. `trip`
+  // keeps the items alive.
+  start_round(trip);
+  for (LockItem* item : dealt.done) item->op->done();
+  for (const std::string& key : dealt.freed) tell(key);
+}
+
+// --- failures -----------------------------------------------------------------------------------
+
+void PgLockStore::failed(const TripPtr& trip, const PipelineResult& result) {
+  const Status& status = result.status;
+  LockItems asked = trip->round.asked();
+  LockItems later = std::move(trip->round.later);
+  trip->round = LockRound{};
+  const auto all_again = [&] {
+    trip->pending = asked;
+    trip->pending.insert(trip->pending.end(), later.begin(), later.end());
+  };
+
+  if (status.code == Code::server && is_transient(status.sqlstate) && ++trip->attempt <= kAttempts) {
+    ++stats_.conflicts;
+    all_again();
+    const Nanos pause = kMilli * (1 << std::min(trip->attempt, kLongestPause));
+    return retry_later(trip, pause / 2 + static_cast<Nanos>(random_() % static_cast<unsigned>(pause)),
+                       &PgLockStore::start_round);
+  }
+  if (status.code == Code::unavailable && ++trip->attempt <= 2) {
+    all_again();
+    return reconnect(trip);  // certainly not executed: an idle connection had died
+  }
+  if (status.code == Code::in_doubt || status.code == Code::timeout || status.code == Code::protocol) {
+    doubt(asked);
+    all_again();
+    return reconnect(trip);
+  }
+  if (status.code == Code::server && is_row_fault(status.sqlstate) && asked.size() > 1) {
+    const auto middle = asked.begin() + static_cast<std::ptrdiff_t>(asked.size() / 2);
+    LockItems second(middle, asked.end());
+    second.insert(second.end(), later.begin(), later.end());
+    trip->parked.push_back(std::move(second));
+    trip->pending.assign(asked.begin(), middle);
+    return start_round(trip);
+  }
+  trip->attempt = 1;
+  trip->pending = std::move(later);
+  const Status told = status.code == Code::server ? backend_.explain(Facet::locks, result) : status;
+  start_round(trip);
+  fail_items(asked, told);
+}
+
+void PgLockStore::fail_items(const LockItems& items, const Status& status) {
+  for (LockItem* item : items) fail(*item, status);
+}
+
+void PgLockStore::doubt(const LockItems& items) {
+  for (LockItem* item : items)
+    if (item->doubtful_until < 0)
+      item->doubtful_until =
+          std::min(item->op ? item->op->deadline : 0, saturating_add(clock_.now(), kDoubtEnd));
+}
+
+void PgLockStore::retry_later(const TripPtr& trip, Nanos pause, void (PgLockStore::*what)(const TripPtr&)) {
+  auto timer = std::make_shared<asio::steady_timer>(backend_.io());
+  timer->expires_after(std::chrono::nanoseconds(pause));
+  timer->async_wait([this, trip, timer, what, alive = alive_](const asio::error_code&) {
+    if (*alive) (this->*what)(trip);
+  });
+}
+
+// What was never sent fails with the reason; what is in doubt tries again until its time is over.
+void PgLockStore::reconnect(const TripPtr& trip) {
+  if (trip->connection) backend_.pool().put(std::exchange(trip->connection, nullptr));
+  backend_.pool().get([this, trip, alive = alive_](Result<PgPool::Lease> got) {
+    if (!*alive) return;
+    LockItems ops = std::exchange(trip->pending, {});
+    for (LockItems& more : std::exchange(trip->parked, {})) ops.insert(ops.end(), more.begin(), more.end());
+    const Nanos now = clock_.now();
+    LockItems over, never_sent;
+    for (LockItem* item : ops) {
+      LockItems& list = item->doubtful_until >= 0 && (item->doubtful_until <= now || closing_) ? over
+                        : item->doubtful_until < 0 && !got.ok()                                ? never_sent
+                                                                : trip->pending;
+      list.push_back(item);
+    }
+    if (got.ok()) {
+      trip->connection = std::move(got.value());
+      start_round(trip);
+    } else {
+      // Whoever waits behind this trip learns it, too.
+      fail_queued(trip->lane, got.status());
+      if (trip->pending.empty())
+        land(trip);
+      else
+        retry_later(trip, kDoubtPause, &PgLockStore::reconnect);
+      fail_items(never_sent, got.status());
+    }
+    fail_items(over, Status::make(Code::in_doubt,
+                                  "the connection was lost before the answer came, and the server could not "
+                                  "be asked again in time: executed or not"));
+  });
+}
+
+}  // namespace ratesync::postgres

@@ -1,0 +1,153 @@
+// Where this process stands in line: places at the server, kept fresh while somebody waits.
+#include <algorithm>
+#include <chrono>
+#include <utility>
+
+#include "ratesync/postgres/lock_trip.h"
+
+namespace ratesync::postgres {
+
+namespace {
+
+store::Space space_of(const LockName& name) {
+  return {std::string(name.name_space), std::string(name.tenant)};
+}
+
+// For lock_names(): places as items without an operation.
+std::vector<LockItem> items_of(const std::vector<std::string>& keys) {
+  std::vector<LockItem> items(keys.size());
+  for (std::size_t i = 0; i < keys.size(); ++i) {
+    items[i].kind = LockItem::Kind::unwait;
+    items[i].key = keys[i];
+    items[i].row = i;
+  }
+  return items;
+}
+
+}  // namespace
+
+// The server remembers us there, as long as we say so. Whoever waits asks again when the lease that it was
+// told of is over, at the latest; a place that nobody asks for any more is not kept alive beyond that.
+void PgLockStore::remember(const std::string& key, Nanos lease) {
+  waiting_[key].until = saturating_add(saturating_add(clock_.now(), kLockPlace), lease);
+  listener_.want(true);
+  refresh_later();
+}
+
+void PgLockStore::forget(const std::string& key) {
+  if (waiting_.erase(key) > 0) listener_.want(!waiting_.empty());
+}
+
+void PgLockStore::stop_waiting(const store::SpaceRef& space, const std::string& name) {
+  std::string key = lock_key(*space, name);
+  if (!waiting_.contains(key)) return;
+  forget(key);
+  if (closing_) return;
+  LockItem item;
+  item.kind = LockItem::Kind::unwait;
+  item.key = std::move(key);
+  push(std::move(item));
+}
+
+void PgLockStore::tell(const std::string& key) {
+  const LockName name = split_key(key);
+  if (freed_) freed_(space_of(name), std::string(name.name));
+}
+
+void PgLockStore::heard(const std::string& payload) {
+  store::Space space;
+  std::string name;
+  if (closing_ || !read_freed(payload, space, name)) return;
+  if (waiting_.contains(lock_key(space, name))) {
+    if (freed_) freed_(space, name);
+    return;
+  }
+  // We left meanwhile: it is for the next one.
+  LockItem item;
+  item.kind = LockItem::Kind::unwait;
+  item.key = lock_key(space, name);
+  push(std::move(item));
+}
+
+// Whatever was told while nobody listened was missed.
+void PgLockStore::ask_everybody() {
+  std::vector<std::string> keys;
+  for (const auto& [key, place] : waiting_) keys.push_back(key);
+  for (const std::string& key : keys) tell(key);
+}
+
+void PgLockStore::refresh_later() {
+  if (refreshing_ || closing_ || waiting_.empty()) return;
+  refreshing_ = true;
+  refresh_timer_->expires_after(std::chrono::nanoseconds(kLockPlace / 3));
+  refresh_timer_->async_wait([this, alive = alive_](const asio::error_code& error) {
+    if (*alive && !error) refresh();
+  });
+}
+
+void PgLockStore::refresh() {
+  const Nanos now = clock_.now();
+  auto keys = std::make_shared<std::vector<std::string>>();
+  for (const auto& [key, place] : waiting_)
+    if (place.until > now) keys->push_back(key);
+  std::sort(keys->begin(), keys->end());
+  backend_.pool().get([this, keys, alive = alive_](Result<PgPool::Lease> got) {
+    if (!*alive) return;
+    refreshing_ = false;
+    refresh_later();
+    if (!got.ok()) return;
+    if (closing_ || keys->empty() || sql().refresh.sql.empty())
+      return backend_.pool().put(std::move(got.value()));
+    std::vector<LockItem> items = items_of(*keys);
+    LockItems rows;
+    for (LockItem& item : items) rows.push_back(&item);
+    Call call{&sql().refresh, lock_names(rows)};
+    call.params.push_back(Param::text(std::to_string(me_)));
+    call.params.push_back(Param::text(std::to_string(kLockPlace / kMilli)));
+    std::vector<Call> calls;
+    calls.push_back(std::move(call));
+    count(calls, 0);
+    const PgPool::Lease connection = got.value();
+    connection->run(std::move(calls), [this, keys, connection, alive](PipelineResult result) {
+      if (!*alive) return;
+      backend_.pool().put(connection);
+      if (!result.status.ok()) return;
+      std::vector<bool> there(keys->size(), false);
+      for (int row = 0; row < result.results[0]->rows(); ++row)
+        there[static_cast<std::size_t>(result.results[0]->integer(row, 0) - 1)] = true;
+      // A place that is gone (the server crashed, another one was promoted): asking makes a new one.
+      for (std::size_t i = 0; i < keys->size(); ++i)
+        if (!there[i] && waiting_.contains((*keys)[i])) tell((*keys)[i]);
+    });
+  });
+}
+
+void PgLockStore::leave_lines(std::function<void()> done) {
+  if (waiting_.empty() || backend_.pool().down()) return done();
+  auto keys = std::make_shared<std::vector<std::string>>();
+  for (const auto& [key, place] : waiting_) keys->push_back(key);
+  std::sort(keys->begin(), keys->end());
+  backend_.pool().get([this, keys, done = std::move(done), alive = alive_](Result<PgPool::Lease> got) {
+    if (!*alive) return;
+    if (!got.ok()) return done();
+    std::vector<LockItem> items = items_of(*keys);
+    LockItems rows;
+    for (LockItem& item : items) rows.push_back(&item);
+    std::vector<Call> calls;
+    for (const Statement* statement : {&sql().unwait, &sql().notify}) {
+      Call call{statement, lock_names(rows)};
+      call.params.push_back(Param::text(std::to_string(me_)));
+      if (statement == &sql().notify) call.params.push_back(Param::text(channel_));
+      calls.push_back(std::move(call));
+    }
+    count(calls, rows.size());
+    const PgPool::Lease connection = got.value();
+    connection->run(std::move(calls), [this, connection, done, alive](const PipelineResult&) {
+      if (!*alive) return;
+      backend_.pool().put(connection);
+      done();
+    });
+  });
+}
+
+}  // namespace ratesync::postgres
