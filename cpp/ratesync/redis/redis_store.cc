@@ -62,7 +62,7 @@ Result<std::unique_ptr<store::Store>> RedisStore::create(asio::io_context& io, c
 
 RedisStore::RedisStore(asio::io_context& io, const Clock& clock, RedisOptions options,
                        std::unique_ptr<Commander> commander)
-    : clock_(clock), options_(std::move(options)), commander_(std::move(commander)) {
+    : io_(io), clock_(clock), options_(std::move(options)), commander_(std::move(commander)) {
   LimitStoreOptions limits;
   limits.key_prefix = options_.key_prefix;
   limits.hash_tag = options_.hash_tag;
@@ -77,6 +77,8 @@ RedisStore::~RedisStore() { *alive_ = false; }
 store::Capabilities RedisStore::capabilities() const {
   store::Capabilities caps;
   caps.limits = true;
+  caps.locks = true;
+  caps.state = true;
   caps.shared = true;
   return caps;
 }
@@ -85,21 +87,76 @@ void RedisStore::migrate(bool, store::Callback<std::vector<store::MigrationStep>
   done(std::vector<store::MigrationStep>{});
 }
 
+// --- capabilities of a prefix --------------------------------------------------------------------------
+
+Result<store::StateStore*> RedisStore::state(const std::string& prefix) {
+  if (Status bad = StateKeys::check(prefix); !bad.ok()) return bad;
+  const std::scoped_lock guard(lock_);
+  std::unique_ptr<RedisStateStore>& made = states_[prefix];
+  if (!made) {
+    StateStoreOptions options;
+    options.prefix = prefix;
+    options.hash_tag = options_.hash_tag;
+    options.call_timeout = options_.socket_timeout;
+    made =
+        std::make_unique<RedisStateStore>(io_, clock_, static_cast<LimitBackend&>(*this), std::move(options));
+  }
+  return static_cast<store::StateStore*>(made.get());
+}
+
+Result<store::LockStore*> RedisStore::locks(const std::string& prefix) {
+  if (Status bad = StateKeys::check(prefix); !bad.ok()) return bad;
+  const std::scoped_lock guard(lock_);
+  std::unique_ptr<RedisLockStore>& made = locks_[prefix];
+  if (!made) {
+    LockStoreOptions options;
+    options.prefix = prefix;
+    options.hash_tag = options_.hash_tag;
+    options.holder = holder_text();
+    options.call_timeout = options_.socket_timeout;
+    made =
+        std::make_unique<RedisLockStore>(io_, clock_, static_cast<LimitBackend&>(*this), std::move(options));
+  }
+  return static_cast<store::LockStore*>(made.get());
+}
+
+template <class Each>
+void RedisStore::each_capability(Each&& each) const {
+  std::vector<RedisStateStore*> states;
+  std::vector<RedisLockStore*> locks;
+  {
+    const std::scoped_lock guard(lock_);
+    for (const auto& [prefix, made] : states_) states.push_back(made.get());
+    for (const auto& [prefix, made] : locks_) locks.push_back(made.get());
+  }
+  for (RedisStateStore* made : states) each(*made);
+  for (RedisLockStore* made : locks) each(*made);
+}
+
 store::Stats RedisStore::stats() const {
   store::Stats out;
   commander_->add_stats(out);
   limits_->fill(out);
+  each_capability([&out](const auto& made) { made.fill(out); });
   return out;
 }
 
 void RedisStore::close(std::function<void()> done) {
-  limits_->close(kClosePatience,
-                 [this, done = std::move(done)]() mutable { commander_->close(std::move(done)); });
+  const auto left = std::make_shared<std::size_t>(1);
+  const auto one = [this, left, done = std::move(done)]() mutable {
+    if (--*left == 0) commander_->close(std::move(done));
+  };
+  each_capability([&](auto& made) {
+    ++*left;
+    made.close(kClosePatience, one);
+  });
+  limits_->close(kClosePatience, one);
 }
 
 void RedisStore::abandon_after_fork() {
   commander_->abandon_after_fork();
   limits_->abandon_after_fork();
+  each_capability([](auto& made) { made.abandon_after_fork(); });
 }
 
 // --- the server ---------------------------------------------------------------------------------------

@@ -5,13 +5,17 @@
 
 #include <asio/io_context.hpp>
 #include <functional>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
 #include "ratesync/base/clock.h"
 #include "ratesync/redis/commander.h"
 #include "ratesync/redis/limit_store.h"
+#include "ratesync/redis/lock_store.h"
+#include "ratesync/redis/state_store.h"
 #include "ratesync/store/store.h"
 
 namespace ratesync::redis {
@@ -43,10 +47,14 @@ class RedisStore final : public store::Store, private LimitBackend {
   void abandon_after_fork() override;
   [[nodiscard]] bool down() const override { return commander_->down(); }
   [[nodiscard]] store::LimitStore* limits() override { return limits_.get(); }
+  Result<store::StateStore*> state(const std::string& prefix) override;
+  Result<store::LockStore*> locks(const std::string& prefix) override;
 
  private:
   RedisStore(asio::io_context& io, const Clock& clock, RedisOptions options,
              std::unique_ptr<Commander> commander);
+  template <class Each>
+  void each_capability(Each&& each) const;
 
   // LimitBackend
   [[nodiscard]] bool ready() const override { return ready_; }
@@ -58,6 +66,7 @@ class RedisStore final : public store::Store, private LimitBackend {
   void checked(const Status& status);
   [[nodiscard]] Nanos deadline() const { return saturating_add(clock_.now(), options_.socket_timeout); }
 
+  asio::io_context& io_;
   const Clock& clock_;
   const RedisOptions options_;
   std::unique_ptr<Commander> commander_;
@@ -67,6 +76,9 @@ class RedisStore final : public store::Store, private LimitBackend {
   std::vector<std::function<void(Status)>> waiting_;
   std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
   std::unique_ptr<RedisLimitStore> limits_;
+  mutable std::mutex lock_;  // of the maps: any thread may ask for a prefix
+  std::map<std::string, std::unique_ptr<RedisStateStore>> states_;
+  std::map<std::string, std::unique_ptr<RedisLockStore>> locks_;
 };
 
 }  // namespace ratesync::redis
