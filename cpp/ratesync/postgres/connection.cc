@@ -14,7 +14,11 @@
 namespace ratesync::postgres {
 namespace {
 
-const Statement kBackendPid{"", "SELECT pg_backend_pid()"};
+// The timeline changes with every failover.
+const Statement kBackend{"", R"(
+SELECT a.pid, (date_part('epoch', a.backend_start) * 1000000)::int8,
+       CASE WHEN pg_is_in_recovery() THEN '' ELSE left(pg_walfile_name(pg_current_wal_lsn()), 8) END
+FROM pg_stat_get_activity(pg_backend_pid()) AS a)"};
 
 class PgConnection final : public Connection {
  public:
@@ -34,6 +38,7 @@ class PgConnection final : public Connection {
   [[nodiscard]] bool open() const override { return state_ == State::idle || state_ == State::working; }
   [[nodiscard]] int server_version() const override { return server_version_; }
   [[nodiscard]] bool named_statements() const override { return names_.allowed; }
+  [[nodiscard]] const Backend& backend() const override { return backend_; }
   [[nodiscard]] std::string peer() const override;
   void on_broken(std::function<void(Status)> listener) override { broken_ = std::move(listener); }
   void on_notice(std::function<void(const std::string&, const std::string&)> listener) override {
@@ -86,6 +91,7 @@ class PgConnection final : public Connection {
   ErrorContext context_;
   StatementNames names_;
   int server_version_ = 0;
+  Backend backend_;
   std::unique_ptr<Work> work_;
   bool write_wait_ = false;
   std::unique_ptr<asio::steady_timer> timer_;  // behind a pointer: leaked after fork
@@ -152,12 +158,15 @@ void PgConnection::established(Established session) {
 
 void PgConnection::learn_pooler() {
   std::vector<Call> calls(1);
-  calls[0].statement = &kBackendPid;
+  calls[0].statement = &kBackend;
   run(std::move(calls), [this](PipelineResult r) {
-    if (r.status.ok()) {
+    if (r.status.ok() && r.results[0]->rows() == 1) {
       // A pooler hands out a key of its own at start-up; the statement runs in the real backend.
       names_.allowed = link_ && r.results[0]->integer(0, 0) == PQbackendPID(link_->pg());
-    } else {
+      if (names_.allowed)
+        backend_ = {static_cast<int>(r.results[0]->integer(0, 0)), r.results[0]->integer(0, 1),
+                    std::string(r.results[0]->text(0, 2))};
+    } else if (!r.status.ok()) {
       // Nothing of the caller's was sent yet.
       if (r.status.code == Code::in_doubt) r.status.code = closed_by_us_ ? Code::closed : Code::unavailable;
       drop(false);
@@ -175,7 +184,8 @@ void PgConnection::run(std::vector<Call> calls, PipelineDone done) {
   for (std::size_t i = 0; i < calls.size(); ++i)
     for (const Param& p : calls[i].params)
       // In text format a NUL ends the value: libpq would send half of it.
-      if (p.value && p.value->find('\0') != std::string::npos) return refuse_nul(i, std::move(done));
+      if (p.value && !p.binary && p.value->find('\0') != std::string::npos)
+        return refuse_nul(i, std::move(done));
   auto work = std::make_unique<Work>();
   work->pipeline = std::make_unique<Pipeline>(std::move(calls), names_);
   work->timeout = options_.command_timeout;
@@ -400,6 +410,11 @@ void PgConnection::lose(std::string reason, std::string sqlstate) {
       fmt::format("connection to {} lost after {:.0f} ms: {} ({})", peer(), elapsed, reason,
                   work->committing ? "sent, the answer is missing: executed or not" : "not executed"),
       std::move(sqlstate));
+  if (work->pipeline) {
+    PipelineResult& before = work->pipeline->result();
+    result.parts = std::move(before.parts);
+    result.results = std::move(before.results);
+  }
   drop(true);
   // Never inside run() or close().
   asio::post(io_, [work, result = std::make_shared<PipelineResult>(std::move(result))] {

@@ -24,26 +24,32 @@
 
 namespace ratesync::postgres {
 
-// A statement with text-format parameters. `name` empty: unnamed. A named one is prepared on first
-// use of each connection when the connection may keep statements (see Connection::named_statements).
+// `name` empty: unnamed. A named one is prepared on first use of each connection when the connection
+// may keep statements (see Connection::named_statements).
 struct Statement {
   std::string name;
   std::string sql;
+  bool binary_rows = false;  // its rows come in binary format
 };
 
 struct Param {
   std::optional<std::string> value;  // nullopt: NULL
+  bool binary = false;               // in the binary format of its type
   static Param null() { return {}; }
   static Param text(std::string v) { return Param{std::move(v)}; }
+  static Param bytes(std::string v) { return Param{std::move(v), true}; }
 };
 
 // One statement of a pipeline.
 struct Call {
   const Statement* statement = nullptr;  // outlives the pipeline
   std::vector<Param> params;
+  // A Sync follows: the transaction ends here, and what comes behind is another one. Behind the last
+  // call there is always one.
+  bool sync = false;
 };
 
-// Rows of one statement, text format, owned (a PGresult behind a unique_ptr).
+// Rows of one statement, owned (a PGresult behind a unique_ptr). Text format, but for Statement::binary_rows.
 class Rows {
  public:
   virtual ~Rows() = default;
@@ -53,6 +59,8 @@ class Rows {
   [[nodiscard]] virtual std::string_view text(int row, int column) const = 0;
   [[nodiscard]] std::int64_t integer(int row, int column) const;  // 0 for NULL
   [[nodiscard]] bool boolean(int row, int column) const { return text(row, column) == "t"; }
+  // Binary format, of int2, int4, int8 or bool; 0 for NULL.
+  [[nodiscard]] std::int64_t number(int row, int column) const;
 };
 using RowsPtr = std::unique_ptr<Rows>;
 
@@ -61,8 +69,15 @@ using RowsPtr = std::unique_ptr<Rows>;
 //   unavailable not sent: certainly not executed
 //   in_doubt    sent, connection lost or timed out before the answer
 struct PipelineResult {
-  Status status;
-  std::vector<RowsPtr> results;  // one per call when ok
+  // One of the pipeline's transactions.
+  struct Part {
+    bool answered = false;  // its end is known: `status` says whether it committed
+    Status status;
+    std::string server_message;
+  };
+  Status status;                 // of several transactions: the first that is not ok
+  std::vector<RowsPtr> results;  // one per call when ok; of several transactions: null where one failed
+  std::vector<Part> parts;       // one per transaction. After a loss some may be answered nevertheless
   std::size_t failed_call = 0;   // index, when status.code == server
   // The server's bare primary message, when status.code == server: for from_server() in errors.h
   // with the schema and table that only the caller knows.
@@ -74,6 +89,13 @@ struct ConnectionOptions {
   Nanos command_timeout = 5 * kSecond;  // per pipeline
   std::string application_name = "ratesync";
   enum class StatementCache { automatic, on, off } statement_cache = StatementCache::automatic;
+};
+
+// The server process behind a connection; all empty behind a pooler, or where nobody looked.
+struct Backend {
+  int pid = 0;
+  std::int64_t started = 0;  // us since 1970
+  std::string timeline;      // of the server's history; changes with every failover
 };
 
 inline constexpr Nanos kScriptTimeout = 600 * kSecond;
@@ -90,7 +112,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   // whether a pooler sits in between (the backend's pid differs from the one in the start-up
   // packet): then statements stay unnamed unless statement_cache is on.
   virtual void connect(Done done) = 0;
-  // Runs the calls as one pipeline with one Sync, hence one implicit transaction.
+  // Runs the calls as one pipeline. One Sync is one implicit transaction.
   virtual void run(std::vector<Call> calls, PipelineDone done) = 0;
   // Runs a script of several statements through the simple protocol (migrations), in the
   // transaction that the script itself opens; one left open by an error is rolled back. Results are
@@ -103,6 +125,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   [[nodiscard]] virtual bool open() const = 0;
   [[nodiscard]] virtual int server_version() const = 0;  // 150018 for 15.18
   [[nodiscard]] virtual bool named_statements() const = 0;
+  [[nodiscard]] virtual const Backend& backend() const = 0;
   [[nodiscard]] virtual std::string peer() const = 0;  // "host:port/database", never a password
   // The server closed an idle connection (or it broke): called at most once, not for close(), and
   // not when a pipeline is under way: that one's result says it.

@@ -1,9 +1,10 @@
-// One pipeline on one PGconn: sends the calls with one Sync, and picks the results off as libpq has
-// parsed them. Knows nothing of sockets, timers or callbacks; connection.cc does.
+// One pipeline on one PGconn: sends the calls with a Sync behind each transaction, and picks the results
+// off as libpq has parsed them. Knows nothing of sockets, timers or callbacks; connection.cc does.
 #pragma once
 
 #include <cstdint>
 #include <string>
+#include <string_view>
 #include <unordered_set>
 #include <vector>
 
@@ -25,13 +26,13 @@ class Pipeline {
     more,      // needs more input
     finished,  // result() is final, the session is ready
     lost,      // the server ended the session, or broke the protocol
-    again,     // a named statement was not what we believed; nothing was committed: send() once more
+    again,     // a named statement was not what we believed; send() once more what did not commit
   };
 
-  Pipeline(std::vector<Call> calls, StatementNames& names) : calls_(std::move(calls)), names_(names) {}
+  Pipeline(std::vector<Call> calls, StatementNames& names);
 
-  // Queues everything at libpq. False: libpq refused, and the Sync was not queued: nothing can have
-  // been committed.
+  // Queues at libpq all transactions that are not answered. False: libpq refused, and the Sync of the
+  // last one was not queued.
   bool send(PGconn* pg);
   // Takes what is there, without blocking.
   Progress advance(PGconn* pg, const ErrorContext& context);
@@ -45,21 +46,28 @@ class Pipeline {
     std::size_t call = 0;
     bool prepare = false;
     bool named = false;
+    bool sync = false;  // nothing but the Sync
+    std::size_t part = 0;
   };
 
   // False: the session is over.
   bool note_error(Notice error);
-  // At the Sync: all answers are in.
-  Progress conclude(const ErrorContext& context);
+  bool send_part(PGconn* pg, std::size_t part);
+  // At a Sync: all answers of its transaction are in. False: the session is not where we think it is.
+  bool conclude(const ErrorContext& context);
+  Progress finish();
   // True when the error is about our belief in a named statement, not about the caller's SQL.
-  bool forget_name(const Step& step);
+  bool forget_name(const Step& step, const Notice& error);
 
   std::vector<Call> calls_;
   StatementNames& names_;
+  std::vector<std::size_t> ends_;  // of the transactions: one behind the last call of each
+  std::unordered_set<std::string_view> new_names_;
   std::vector<Step> steps_;
   std::size_t at_ = 0;
   bool step_answered_ = false;
   bool plain_ = false;      // second try: no names
+  bool again_ = false;      // some transaction wants it
   std::size_t failed_ = 0;  // step of error_
   Notice error_;
   Notice farewell_;
