@@ -112,6 +112,17 @@ TEST(MemoryLocks, ALateRenewalHoldsWhereNobodyTookTheLock) {
   EXPECT_EQ(rig.renew("a", 0, 1000).outcome, Outcome::lost);
 }
 
+TEST(MemoryLocks, AFreeLockIsNotRenewedByNobody) {
+  LockRig rig;
+  const auto held = rig.acquire("a");
+  rig.acquire("a", 1000, true);
+  rig.release("a", held.token);
+  EXPECT_EQ(rig.kept(), 1u);
+  EXPECT_EQ(rig.renew("a", 0, 1000).outcome, Outcome::lost);
+  EXPECT_EQ(rig.release("a", 0), Outcome::lost);
+  EXPECT_EQ(rig.acquire("a").outcome, Outcome::held);
+}
+
 TEST(MemoryLocks, TheSameAcquireSentAgainFindsItsOwnLock) {
   LockRig rig;
   const auto first = rig.run(Verb::acquire, "a", 0, 1000, 77);
@@ -220,6 +231,18 @@ TEST(MemoryLocks, NothingIsKeptOfLocksThatNobodyHolds) {
   rig.pass(61'000);
   for (int i = 0; i < 200'000; ++i) rig.acquire("more" + std::to_string(i), 10);
   EXPECT_LT(rig.kept(), 250'000u);
+}
+
+TEST(MemoryLocks, WhoStandsInLineIsNotForgottenWithAnExpiredLock) {
+  LockRig rig;
+  int freed = 0;
+  rig.locks.on_freed([&](const store::Space&, const std::string&) { ++freed; });
+  const auto held = rig.acquire("a", 10);
+  rig.acquire("a", 10, true);
+  rig.pass(3'600'000);
+  for (int i = 0; i < 200'000; ++i) rig.acquire("more" + std::to_string(i), 10);
+  EXPECT_EQ(rig.release("a", held.token), Outcome::lost);
+  EXPECT_EQ(freed, 1);
 }
 
 TEST(MemoryLocks, AVeryLongLeaseDoesNotOverflow) {

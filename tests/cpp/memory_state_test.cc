@@ -163,7 +163,11 @@ TEST(MemoryState, AClaimThatExpiredIsNotThrownAwayAtOnce) {
   rig.create("mark", 10);
   rig.pass(1000);
   EXPECT_EQ(rig.purge(), 1) << "the mark only";
-  EXPECT_EQ(rig.swap("claim", 1, 10, true).outcome, Outcome::done);
+  StateCall late = rig.op(Verb::swap, "claim");
+  late.expected = 1;
+  late.ttl = 10;
+  late.revive = late.want_actual = true;
+  EXPECT_EQ(rig.run(late).outcome, Outcome::done);
   rig.pass(10);
   EXPECT_EQ(rig.purge(), 1) << "swapped, it is a row like others";
   rig.run(claim);
@@ -428,6 +432,19 @@ TEST(MemoryStatePurge, ExpiredKeysGoAwayWhileOthersAreWritten) {
   for (int i = 0; i < kKeys; ++i) rig.add("one counter", 1);
   EXPECT_LT(rig.memory.rows(), 1000u);
   EXPECT_EQ(rig.get("one counter").value, integer(kKeys));
+}
+
+TEST(MemoryStatePurge, WhatIsWrittenDuringASweepIsFoundByTheNext) {
+  StateRig rig;
+  constexpr int kKeys = 100'000;
+  constexpr int kShort = kKeys / 10;
+  constexpr int kRenewed = kKeys / 200;  // few, so that no other row of a table hides that one was missed
+  for (int i = 0; i < kKeys; ++i) rig.create("key" + std::to_string(i), i % 10 == 0 ? 10 : store::kNoTtl);
+  rig.pass(1000);
+  for (int i = 0; i < kKeys; ++i) rig.touch("key" + std::to_string(i), i % 200 == 1 ? 5000 : store::kNoTtl);
+  rig.pass(5000);
+  for (int i = 0; i < 2 * kKeys; ++i) rig.add("one counter", 1);
+  EXPECT_EQ(rig.memory.rows(), static_cast<std::size_t>(kKeys - kShort - kRenewed + 1));
 }
 
 TEST(MemoryStatePurge, NoVersionComesBackWhateverIsThrownAwayBetween) {
