@@ -35,6 +35,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
         "bindings/objects.h",
         "ratesync/memory/memory_store.h",
     ): "the embedded store decides on the calling thread, without a virtual call in between",
+    ("bindings/state.h", "ratesync/memory/memory_state.h"): "the same, of state",
 }
 
 # Library header (pattern) -> {file or folder that may include it: why}.

@@ -1,6 +1,6 @@
 """The compiled engine. Only `ratesync._engine` imports this module."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from datetime import datetime, timedelta
 from typing import Any, Generic, TypeVar, final, overload
 
@@ -44,6 +44,7 @@ class Store:
     def capabilities(self) -> dict[str, Any]: ...
     def initialize(self) -> Pending[None]: ...
     def migrate(self, dry_run: bool) -> Pending[list[dict[str, Any]]]: ...  # number, name, sql, applied
+    def migrate_state(self, prefix: str, dry_run: bool) -> Pending[list[dict[str, Any]]]: ...
     def doctor(self) -> Pending[list[dict[str, str]]]: ...  # level ("ok"|"warning"|"error"), subject, message
     def list(self, limit: int) -> Pending[dict[str, Any]]: ...  # groups, holders, truncated
     def stats(self) -> Pending[dict[str, int]]: ...
@@ -180,6 +181,15 @@ class State:
         self, key: str, at: datetime | timedelta | float, *, kind: str | None = None
     ) -> Pending[None]: ...
     def unschedule(self, key: str, *, claim: int | None = None, kind: str | None = None) -> Pending[bool]: ...
+    def many(self, ops: Iterable[Any], *, atomic: bool = False) -> Pending[list[Any]]: ...  # ratesync.ops.Op
+    def claim_due(
+        self, limit: int = 100, lease: float | timedelta = 60, *, kind: str | None = None
+    ) -> Pending[list[Any]]: ...
+    def initialize(self) -> Pending[None]: ...
+    def purge(self, limit: int = 10_000) -> Pending[int]: ...
+    def _scan(
+        self, kind: str | None, prefix: str, cursor: str, page_size: int
+    ) -> Pending[tuple[list[tuple[str, Any, int, int]], str]]: ...  # key, value, version, expires ms or 0
     def _begin(
         self, key: str, value: Any, ttl: Ttl, kind: str | None
     ) -> Pending[tuple[bool, int, Any]]: ...  # created, version, value of the row found

@@ -21,10 +21,13 @@ class CallTask final : public engine::Completion {
   void orphaned() override {}
 };
 
-// A Pending whose start is `work`, run on the I/O thread with the callback to call exactly once.
+// A Pending whose start is `work`, run on the I/O thread with the callback to call exactly once. `shape`
+// makes the result of it, where to_python(T) does not; it may hold Python objects, `work` may not.
 template <class T>
-PyObject* make_call(std::shared_ptr<engine::Engine> engine, std::string store_id,
-                    std::function<void(store::Callback<T>)> work) {
+PyObject* make_call(
+    std::shared_ptr<engine::Engine> engine, std::string store_id,
+    std::function<void(store::Callback<T>)> work,
+    std::function<PyObject*(T&)> shape = [](T& value) { return to_python(value); }) {
   const auto submit = [engine, work](CallTask<T>* task) {
     return engine->submit(engine::Run{[task, work] {
       work([task](Result<T> result) {
@@ -36,9 +39,9 @@ PyObject* make_call(std::shared_ptr<engine::Engine> engine, std::string store_id
   const auto closed = [engine, store_id] {
     return raise_not_taken(*engine, store_id, "the engine was shut down: configure the store again");
   };
-  const auto convert = [store_id](engine::Completion& completion) -> PyObject* {
+  const auto convert = [store_id, shape](engine::Completion& completion) -> PyObject* {
     auto& task = static_cast<CallTask<T>&>(completion);
-    return task.result.ok() ? to_python(task.result.value()) : raise_status(task.result.status(), store_id);
+    return task.result.ok() ? shape(task.result.value()) : raise_status(task.result.status(), store_id);
   };
   auto begin = [engine, submit, closed, convert]() -> PyObject* {
     std::shared_ptr<LoopState> loop = running_loop_state();

@@ -108,6 +108,15 @@ void bind_store(py::module_& module) {
                 s, [store, dry_run](auto done) { store->migrate(dry_run, std::move(done)); });
           },
           "dry_run"_a)
+      .def(
+          "migrate_state",
+          [](const PyStore& s, const std::string& prefix, bool dry_run) {
+            auto* store = s.entry->store.get();
+            return store_call<std::vector<store::MigrationStep>>(s, [store, prefix, dry_run](auto done) {
+              store->migrate_state(prefix, dry_run, std::move(done));
+            });
+          },
+          "prefix"_a, "dry_run"_a)
       .def("doctor",
            [](const PyStore& s) {
              auto* store = s.entry->store.get();

@@ -76,7 +76,8 @@ StateImpl* make_impl(PyObject* args, PyObject* kwargs, PyObject** encode, PyObje
       store::Space{std::string(utf8(name_space)), std::string(utf8(tenant))});
   impl->kind = utf8(kind);
   impl->timeout = patience;
-  impl->direct = dynamic_cast<memory::MemoryStore*>(store->entry->store.get()) != nullptr;
+  impl->memory = dynamic_cast<memory::MemoryState*>(&service.value()->store());
+  if (impl->memory) impl->family = &impl->memory->family(*impl->space, impl->kind);
   impl->generation = store->generation;
   return impl;
 }
@@ -106,6 +107,7 @@ int state_traverse(PyObject* object, visitproc visit, void* arg) {
 int state_clear(PyObject* object) {
   Py_CLEAR(self_of(object)->encode);
   Py_CLEAR(self_of(object)->decode);
+  Py_CLEAR(self_of(object)->last_kind);
   return 0;
 }
 
@@ -158,238 +160,6 @@ StateImpl* live(StateObject* self) {
 
 namespace {
 
-// --- calls ----------------------------------------------------------------------------------------
-
-// Interned names of parameters; one place for all signatures.
-template <class... Names>
-Signature signature(const char* function, std::size_t positional, std::size_t required, Names... names) {
-  return {function, sizeof...(names), positional, required, {PyUnicode_InternFromString(names)...}};
-}
-
-// A call of one key. Owns what it was given, or is null with an exception set.
-class Draft {
- public:
-  Draft(PyObject* self, StateOp::Verb verb, Shape shape, PyObject* key, PyObject* kind) {
-    if (!check_name(key, "key", kMaxKey)) return;
-    if (kind == Py_None) kind = nullptr;
-    if (kind && !check_name(kind, "kind", kMaxName)) return;
-    call_ = new_state_call(self_of(self), verb, shape);
-    if (!call_) return;
-    call_->key = Py_NewRef(key);
-    call_->kind = Py_XNewRef(kind);
-  }
-  Draft(const Draft&) = delete;
-  Draft& operator=(const Draft&) = delete;
-  ~Draft() { Py_XDECREF(reinterpret_cast<PyObject*>(call_)); }
-  explicit operator bool() const { return call_ != nullptr; }
-  StateCallObject* operator->() const { return call_; }
-
-  bool value(PyObject* given) const { return check_value(call_->state, given, &call_->value, &call_->type); }
-  bool ttl(PyObject* given, bool keep_allowed = false) const {
-    return check_ttl(given, keep_allowed, &call_->ttl);
-  }
-  bool version(PyObject* given, std::int64_t least) const {
-    return check_int64(given, "expected", least,
-                       least == 0 ? "a version, or 0 to create" : "a version, from 1", &call_->number);
-  }
-  PyObject* release() { return reinterpret_cast<PyObject*>(std::exchange(call_, nullptr)); }
-
- private:
-  StateCallObject* call_ = nullptr;
-};
-
-bool truth(PyObject* given, bool* out) {
-  if (!given) return true;
-  const int value = PyObject_IsTrue(given);
-  *out = value > 0;
-  return value >= 0;
-}
-
-PyObject* state_check_and_set(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyObject* kwnames) {
-  static const Signature kSignature = signature("check_and_set", 3, 1, "key", "value", "ttl", "kind");
-  static PyObject* const kOne = PyUnicode_InternFromString("1");
-  PyObject* given[4];
-  if (!bind_arguments(kSignature, args, nargs, kwnames, given)) return nullptr;
-  Draft call(self, StateOp::Verb::create, Shape::created, given[0], given[3]);
-  if (!call || !call.value(given[1] ? given[1] : kOne) || !call.ttl(given[2])) return nullptr;
-  return call.release();
-}
-
-PyObject* get_as(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyObject* kwnames, Shape shape) {
-  static const Signature kSignature = signature("get", 1, 1, "key", "kind");
-  PyObject* given[2];
-  if (!bind_arguments(kSignature, args, nargs, kwnames, given)) return nullptr;
-  return Draft(self, StateOp::Verb::get, shape, given[0], given[1]).release();
-}
-
-PyObject* state_get(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyObject* kwnames) {
-  return get_as(self, args, nargs, kwnames, Shape::value);
-}
-
-PyObject* state_get_versioned(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyObject* kwnames) {
-  return get_as(self, args, nargs, kwnames, Shape::versioned);
-}
-
-PyObject* state_set(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyObject* kwnames) {
-  static const Signature kSignature = signature("set", 3, 2, "key", "value", "ttl", "kind");
-  PyObject* given[4];
-  if (!bind_arguments(kSignature, args, nargs, kwnames, given)) return nullptr;
-  Draft call(self, StateOp::Verb::set, Shape::version, given[0], given[3]);
-  if (!call || !call.value(given[1]) || !call.ttl(given[2])) return nullptr;
-  return call.release();
-}
-
-PyObject* state_delete(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyObject* kwnames) {
-  static const Signature kSignature = signature("delete", 2, 1, "key", "expected", "kind");
-  PyObject* given[3];
-  if (!bind_arguments(kSignature, args, nargs, kwnames, given)) return nullptr;
-  Draft call(self, StateOp::Verb::remove, Shape::changed, given[0], given[2]);
-  if (!call) return nullptr;
-  call->number = store::kAnyVersion;
-  if (given[1] && given[1] != Py_None && !call.version(given[1], 1)) return nullptr;
-  return call.release();
-}
-
-PyObject* state_increment(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyObject* kwnames) {
-  static const Signature kSignature = signature("increment", 4, 1, "key", "delta", "ttl", "renew", "kind");
-  PyObject* given[5];
-  if (!bind_arguments(kSignature, args, nargs, kwnames, given)) return nullptr;
-  Draft call(self, StateOp::Verb::add, Shape::number, given[0], given[4]);
-  if (!call) return nullptr;
-  call->number = 1;
-  if (given[1] && !check_int64(given[1], "delta", INT64_MIN, "an int within 64 bits", &call->number))
-    return nullptr;
-  if (!call.ttl(given[2]) || !truth(given[3], &call->renew)) return nullptr;
-  return call.release();
-}
-
-PyObject* state_compare_and_swap(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyObject* kwnames) {
-  static const Signature kSignature =
-      signature("compare_and_swap", 1, 3, "key", "expected", "value", "ttl", "kind");
-  PyObject* given[5];
-  if (!bind_arguments(kSignature, args, nargs, kwnames, given)) return nullptr;
-  Draft call(self, StateOp::Verb::swap, Shape::swapped, given[0], given[4]);
-  if (!call || !call.version(given[1], 0) || !call.value(given[2])) return nullptr;
-  if (!call.ttl(given[3] ? given[3] : state().keep, true)) return nullptr;
-  if (call->number > 0) return call.release();
-  call->verb = StateOp::Verb::create;
-  if (call->ttl == store::kKeepTtl) call->ttl = store::kNoTtl;  // there is none to keep
-  return call.release();
-}
-
-PyObject* state_touch(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyObject* kwnames) {
-  static const Signature kSignature = signature("touch", 2, 2, "key", "ttl", "expected", "kind");
-  PyObject* given[4];
-  if (!bind_arguments(kSignature, args, nargs, kwnames, given)) return nullptr;
-  Draft call(self, StateOp::Verb::touch, Shape::changed, given[0], given[3]);
-  if (!call || !call.ttl(given[1])) return nullptr;
-  call->number = store::kAnyVersion;
-  if (given[2] && given[2] != Py_None && !call.version(given[2], 1)) return nullptr;
-  return call.release();
-}
-
-PyObject* state_schedule(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyObject* kwnames) {
-  static const Signature kSignature = signature("schedule", 2, 2, "key", "at", "kind");
-  PyObject* given[3];
-  if (!bind_arguments(kSignature, args, nargs, kwnames, given)) return nullptr;
-  Draft call(self, StateOp::Verb::schedule, Shape::nothing, given[0], given[2]);
-  if (!call || !check_due(given[1], &call->number, &call->due_in)) return nullptr;
-  return call.release();
-}
-
-PyObject* state_unschedule(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyObject* kwnames) {
-  static const Signature kSignature = signature("unschedule", 1, 1, "key", "claim", "kind");
-  PyObject* given[3];
-  if (!bind_arguments(kSignature, args, nargs, kwnames, given)) return nullptr;
-  Draft call(self, StateOp::Verb::unschedule, Shape::changed, given[0], given[2]);
-  if (!call) return nullptr;
-  if (given[1] && given[1] != Py_None &&
-      !check_int64(given[1], "claim", 1, "the claim that claim_due() gave", &call->number))
-    return nullptr;
-  return call.release();
-}
-
-// For idempotency: (created, version, value of the row found).
-PyObject* state_begin(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyObject* kwnames) {
-  static const Signature kSignature = signature("_begin", 4, 4, "key", "value", "ttl", "kind");
-  PyObject* given[4];
-  if (!bind_arguments(kSignature, args, nargs, kwnames, given)) return nullptr;
-  Draft call(self, StateOp::Verb::create, Shape::begun, given[0], given[3]);
-  if (!call || !call.value(given[1]) || !call.ttl(given[2])) return nullptr;
-  call->want_actual = true;
-  return call.release();
-}
-
-// For idempotency: (done, version found); a row that merely expired still counts.
-PyObject* state_finish(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyObject* kwnames) {
-  static const Signature kSignature = signature("_finish", 5, 5, "key", "value", "version", "ttl", "kind");
-  PyObject* given[5];
-  if (!bind_arguments(kSignature, args, nargs, kwnames, given)) return nullptr;
-  Draft call(self, StateOp::Verb::swap, Shape::finished, given[0], given[4]);
-  if (!call || !call.value(given[1]) || !call.version(given[2], 1) || !call.ttl(given[3], true))
-    return nullptr;
-  call->revive = true;
-  return call.release();
-}
-
-PyCFunction fast(PyObject* (*method)(PyObject*, PyObject* const*, Py_ssize_t, PyObject*)) {
-  return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(method));
-}
-constexpr int kFast = METH_FASTCALL | METH_KEYWORDS;
-
-PyMethodDef kMethods[] = {
-    {"check_and_set", fast(state_check_and_set), kFast,
-     "check_and_set($self, /, key, value='1', ttl=None, *, kind=None)\n--\n\nCreate a key that is not there: "
-     "deduplication.\n\n"
-     "Args:\n    key: text of 1 to 1024 bytes.\n    value: what to store.\n    ttl: seconds above 0 (or a "
-     "timedelta) until it is gone; None: never.\n    kind: of the key; that of this state by default.\n\n"
-     "Returns:\n    True when it was created now, False when it was there; exactly one of any number of "
-     "callers gets True.\n\n"
-     "Example:\n    if await state.check_and_set(\"order-42\", ttl=300):\n        ..."},
-    {"get", fast(state_get), kFast,
-     "get($self, /, key, *, kind=None)\n--\n\nThe value of a key, or None.\n\nExample:\n    value = await "
-     "state.get(\"order-42\")"},
-    {"get_versioned", fast(state_get_versioned), kFast,
-     "get_versioned($self, /, key, *, kind=None)\n--\n\nThe value of a key with its version and expiry, or "
-     "None.\n\nExample:\n    found = await state.get_versioned(\"order-42\")"},
-    {"set", fast(state_set), kFast,
-     "set($self, /, key, value, ttl=None, *, kind=None)\n--\n\nStore a value, whatever is there; the expiry "
-     "is replaced, too.\n\nReturns:\n    The version written.\n\nExample:\n    version = await "
-     "state.set(\"order-42\", \"paid\", ttl=300)"},
-    {"delete", fast(state_delete), kFast,
-     "delete($self, /, key, expected=None, *, kind=None)\n--\n\nRemove a key; only while it has the version "
-     "`expected`, if given.\n\nReturns:\n    Whether it was there, in that version.\n\nExample:\n    gone = "
-     "await state.delete(\"order-42\")"},
-    {"increment", fast(state_increment), kFast,
-     "increment($self, /, key, delta=1, ttl=None, renew=False, *, kind=None)\n--\n\nAdd to an integer; a key "
-     "that is not there counts as 0.\n\nArgs:\n    delta: an int within 64 bits, also negative.\n    ttl: of "
-     "the key when it is created; with `renew` also later.\n\nReturns:\n    The sum.\n\nRaises:\n    "
-     "CounterError: the value is no integer, or the sum does not fit into 64 bits; nothing was changed.\n\n"
-     "Example:\n    count = await state.increment(\"visits\", ttl=60)"},
-    {"compare_and_swap", fast(state_compare_and_swap), kFast,
-     "compare_and_swap($self, /, key, *, expected, value, ttl=KEEP, kind=None)\n--\n\nReplace the value of a "
-     "key that has the version `expected`; 0: create it.\n\nArgs:\n    ttl: KEEP leaves the running "
-     "expiry.\n\nReturns:\n    The new version.\n\nRaises:\n    StaleVersionError: it has another version, "
-     "or "
-     "is gone.\n\nExample:\n    version = await state.compare_and_swap(\"order-42\", expected=3, "
-     "value=\"paid\")"},
-    {"touch", fast(state_touch), kFast,
-     "touch($self, /, key, ttl, *, expected=None, kind=None)\n--\n\nGive a key `ttl` seconds from now; the "
-     "version stays.\n\nReturns:\n    Whether it is there (in the version `expected`).\n\nExample:\n    "
-     "alive = await state.touch(\"session\", 300)"},
-    {"schedule", fast(state_schedule), kFast,
-     "schedule($self, /, key, at, *, kind=None)\n--\n\nGive a key a timeout, in place of the one it "
-     "has.\n\nArgs:\n    at: a datetime with a time zone, seconds since 1970, or a timedelta from the "
-     "store's now.\n\nExample:\n    await state.schedule(\"order-42\", timedelta(minutes=5))"},
-    {"unschedule", fast(state_unschedule), kFast,
-     "unschedule($self, /, key, *, claim=None, kind=None)\n--\n\nRemove the timeout of a key; only while "
-     "`claim` is its newest claim, if given.\n\nReturns:\n    Whether it was there.\n\nExample:\n    await "
-     "state.unschedule(due.key, claim=due.claim)"},
-    {"_begin", fast(state_begin), kFast, "Pending[(created, version, value of the row found)]"},
-    {"_finish", fast(state_finish), kFast, "Pending[(done, version found)]"},
-    {nullptr, nullptr, 0, nullptr},
-};
-
 PyMemberDef kMembers[] = {
     {"__weaklistoffset__", T_PYSSIZET, offsetof(StateObject, weakrefs), READONLY, nullptr},
     {nullptr, 0, 0, 0, nullptr},
@@ -402,7 +172,7 @@ PyType_Slot kSlots[] = {
     {Py_tp_dealloc, reinterpret_cast<void*>(state_dealloc)},
     {Py_tp_traverse, reinterpret_cast<void*>(state_traverse)},
     {Py_tp_clear, reinterpret_cast<void*>(state_clear)},
-    {Py_tp_methods, kMethods},
+    {Py_tp_methods, kStateMethods},
     {Py_tp_members, kMembers},
     {0, nullptr},
 };
@@ -445,6 +215,7 @@ bool init_keep(PyObject* module) {
 }  // namespace
 
 bool init_state_type(PyObject* module) {
+  if (!init_state_methods()) return false;
   state().state_type = reinterpret_cast<PyTypeObject*>(PyType_FromModuleAndSpec(module, &kSpec, nullptr));
   return state().state_type && init_keep(module) && init_state_call_type(module) &&
          PyModule_AddObjectRef(module, "State", reinterpret_cast<PyObject*>(state().state_type)) == 0;

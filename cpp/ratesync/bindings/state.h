@@ -8,6 +8,7 @@
 
 #include "ratesync/bindings/objects.h"
 #include "ratesync/engine/state_service.h"
+#include "ratesync/memory/memory_state.h"
 
 namespace ratesync::bindings {
 
@@ -19,7 +20,9 @@ struct StateImpl {
   store::SpaceRef space;
   std::string kind;  // of calls that name none
   Nanos timeout = kForever;
-  bool direct = false;  // the store decides on any thread, at once
+  // The embedded store decides on the calling thread. Null: another store.
+  memory::MemoryState* memory = nullptr;
+  const memory::Family* family = nullptr;  // of `kind`
   unsigned generation = 0;
 };
 
@@ -28,6 +31,10 @@ struct StateObject {
   StateImpl* impl;
   PyObject* encode;  // value -> JSON text, for codec="json"; null: by type
   PyObject* decode;
+  // On the embedded store: where the keys of the kind named last are.
+  PyObject* last_kind;
+  const StateImpl* last_of;
+  const memory::Family* last_family;
 };
 
 // What the caller makes of the reply.
@@ -42,13 +49,15 @@ enum class Shape : std::uint8_t {
   nothing,    // None
   begun,      // (created, version, value of the row found)
   finished,   // (done, version found)
+  many,       // list of results and exceptions
 };
 
 struct StateCallObject {
   PyObject_HEAD StateObject* state;
-  PyObject* key;         // str, checked
+  PyObject* key;         // str, checked; null: many
   PyObject* kind;        // str, checked; null: that of the state
   PyObject* value;       // str, bytes or int, checked; or null
+  PyObject* parts;       // of many: tuple of StateCalls; else null
   WaiterObject* waiter;  // as a coroutine, once begun
   std::int64_t ttl;      // ms
   std::int64_t number;   // expected, delta or due
@@ -59,6 +68,7 @@ struct StateCallObject {
   bool renew;
   bool revive;
   bool due_in;
+  bool atomic;
   bool used;
 };
 
@@ -67,15 +77,34 @@ bool init_state_type(PyObject* module);
 StateImpl* live(StateObject* state);  // rebinds after fork; null with an exception set
 PyObject* raise_closed(const StateImpl& impl);
 
+// state_methods.cc
+bool init_state_methods();
+extern PyMethodDef kStateMethods[];
+// From a ratesync.ops.Op. A new reference, or null with an exception set.
+PyObject* call_of_op(PyObject* state, PyObject* op);
+
 // state_call.cc
 bool init_state_call_type(PyObject* module);
 StateCallObject* new_state_call(StateObject* state, store::StateOp::Verb verb, Shape shape);
 // Fills an operation from a call. Takes strings by copy: the call may go before it is through.
 void fill_op(const StateCallObject& call, const StateImpl& impl, Nanos deadline, store::StateOp* op);
-// What the caller gets. Null with an exception set.
+
+// state_shape.cc: what the caller gets; null with an exception set.
+PyObject* shape_answer(const StateCallObject& call, const memory::Answer& answer);
 PyObject* shape_reply(const StateCallObject& call, const Status& status, const store::StateReply& reply);
+
 // state_many.cc
 PyObject* state_many(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyObject* kwnames);
+engine::StateManyTask* new_many_task(const StateCallObject& call, const StateImpl& impl, Nanos deadline);
+PyObject* shape_many(const StateCallObject& call, const engine::StateManyTask& task);
+PyObject* run_many_direct(const StateCallObject& call, const StateImpl& impl);
+PyObject* run_one_direct(const StateCallObject& call, const StateImpl& impl);  // state_call.cc
+
+// state_rows.cc: not on the hot path.
+PyObject* state_claim_due(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyObject* kwnames);
+PyObject* state_scan(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
+PyObject* state_initialize(PyObject* self, PyObject* unused);
+PyObject* state_purge(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyObject* kwnames);
 
 // state_values.cc: what comes in is checked before anything is sent; false with an exception set.
 bool check_name(PyObject* text, const char* field, std::size_t most);

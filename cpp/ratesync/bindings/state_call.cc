@@ -8,8 +8,6 @@
 namespace ratesync::bindings {
 
 using store::StateOp;
-using store::StateReply;
-using Outcome = store::StateReply::Outcome;
 
 namespace {
 
@@ -20,78 +18,30 @@ PyObject* object_of(StateCallObject* call) { return reinterpret_cast<PyObject*>(
 std::array<StateCallObject*, 128> g_spare;
 std::size_t g_spares = 0;
 
-void raise_object(PyObject* error) {
-  if (!error) return;
-  PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error)), error);
-  Py_DECREF(error);
-}
-
-PyObject* raise_stale(const StateCallObject& call, const StateReply& reply) {
-  const auto expected = static_cast<long long>(call.verb == StateOp::Verb::create ? 0 : call.number);
-  const auto actual = static_cast<long long>(reply.outcome == Outcome::absent ? 0 : reply.version);
-  raise_object(state().stale_error
-                   ? PyObject_CallFunction(state().stale_error, "LL", expected, actual)
-                   : PyObject_CallFunction(PyExc_RuntimeError, "s", "the version is not the expected one"));
-  return nullptr;
-}
-
-PyObject* raise_counter(const StateCallObject& call, const char* reason) {
-  raise_object(state().counter_error ? PyObject_CallFunction(state().counter_error, "sO", reason, call.key)
-                                     : PyObject_CallFunction(PyExc_ValueError, "s", reason));
-  return nullptr;
-}
-
-PyObject* raise_rolled_back() {
-  PyErr_SetString(PyExc_RuntimeError, "not executed: another operation of the same atomic call failed");
-  return nullptr;
-}
-
-PyObject* make_versioned(const StateReply& reply, PyObject* decode) {
-  PyObject* value = to_python(reply.value, decode);
-  if (!value) return nullptr;
-  PyObject* expires = PyLong_FromLongLong(reply.expires_at);
-  PyObject* version = PyLong_FromLongLong(reply.version);
-  PyObject* made = nullptr;
-  if (expires && version) {
-    PyObject* const args[] = {value, version, expires};
-    made = state().versioned ? PyObject_Vectorcall(state().versioned, args, 3, nullptr)
-                             : PyTuple_Pack(3, value, version, expires);
+memory::ValueView view_of(const StateCallObject& call) {
+  memory::ValueView view;
+  view.type = call.type;
+  if (call.type == store::Value::Type::integer) {
+    view.number = PyLong_AsLongLong(call.value);
+  } else if (PyUnicode_Check(call.value)) {
+    view.data = utf8(call.value);
+  } else {
+    view.data = {PyBytes_AS_STRING(call.value), static_cast<std::size_t>(PyBytes_GET_SIZE(call.value))};
   }
-  Py_DECREF(value);
-  Py_XDECREF(version);
-  Py_XDECREF(expires);
-  return made;
+  return view;
+}
+
+// A caller names one kind again and again, mostly by the same object.
+const memory::Family& family_of(StateObject& owner, const StateImpl& impl, PyObject* kind) {
+  if (owner.last_kind != kind || owner.last_of != &impl) {
+    owner.last_family = &impl.memory->family(*impl.space, utf8(kind));
+    owner.last_of = &impl;
+    Py_XSETREF(owner.last_kind, Py_NewRef(kind));
+  }
+  return *owner.last_family;
 }
 
 }  // namespace
-
-PyObject* shape_reply(const StateCallObject& call, const Status& status, const StateReply& reply) {
-  if (!status.ok()) return raise_status(status, call.state->impl->store_id);
-  const bool done = reply.outcome == Outcome::done;
-  if (reply.outcome == Outcome::rolled_back) return raise_rolled_back();
-  PyObject* decode = call.state->decode;
-  switch (call.shape) {
-    case Shape::created:
-    case Shape::changed: return PyBool_FromLong(done);
-    case Shape::value: return done ? to_python(reply.value, decode) : Py_NewRef(Py_None);
-    case Shape::versioned: return done ? make_versioned(reply, decode) : Py_NewRef(Py_None);
-    case Shape::version: return PyLong_FromLongLong(reply.version);
-    case Shape::number:
-      if (reply.outcome == Outcome::not_integer) return raise_counter(call, "not_integer");
-      if (reply.outcome == Outcome::overflow) return raise_counter(call, "overflow");
-      return PyLong_FromLongLong(reply.value.number);
-    case Shape::swapped: return done ? PyLong_FromLongLong(reply.version) : raise_stale(call, reply);
-    case Shape::nothing: Py_RETURN_NONE;
-    case Shape::begun: {
-      PyObject* value = !done && reply.has_value ? to_python(reply.value, decode) : Py_NewRef(Py_None);
-      if (!value) return nullptr;
-      return Py_BuildValue("(OLN)", done ? Py_True : Py_False, static_cast<long long>(reply.version), value);
-    }
-    case Shape::finished:
-      return Py_BuildValue("(OL)", done ? Py_True : Py_False, static_cast<long long>(reply.version));
-  }
-  Py_UNREACHABLE();
-}
 
 void fill_op(const StateCallObject& call, const StateImpl& impl, Nanos deadline, StateOp* op) {
   op->verb = call.verb;
@@ -119,6 +69,23 @@ void fill_op(const StateCallObject& call, const StateImpl& impl, Nanos deadline,
   op->deadline = deadline;
 }
 
+PyObject* run_one_direct(const StateCallObject& call, const StateImpl& impl) {
+  const memory::Family& family = call.kind ? family_of(*call.state, impl, call.kind) : *impl.family;
+  if (call.shape == Shape::created)
+    return PyBool_FromLong(impl.memory->create(family, utf8(call.key), view_of(call), call.ttl));
+  memory::Ask ask;
+  ask.verb = call.verb;
+  ask.want_actual = call.want_actual;
+  ask.renew = call.renew;
+  ask.revive = call.revive;
+  ask.due_in = call.due_in;
+  ask.key = utf8(call.key);
+  if (call.value) ask.value = view_of(call);
+  ask.delta = ask.expected = ask.due = call.number;  // one of them counts
+  ask.ttl = call.ttl;
+  return shape_answer(call, impl.memory->decide(family, ask));
+}
+
 namespace {
 
 // The state to work on, once per call. Null with an exception set.
@@ -139,35 +106,35 @@ StateImpl* use(StateCallObject* call) {
 
 // --- decided on the calling thread ----------------------------------------------------------------
 
-struct DirectOp final : StateOp {
-  void done() override {}  // inside submit()
-};
-
-PyObject* run_direct(StateCallObject* call, const StateImpl& impl) {
-  DirectOp op;
-  fill_op(*call, impl, kForever, &op);
-  impl.service->store().submit(&op);
-  return shape_reply(*call, op.reply.status, op.reply);
+PyObject* run_direct(const StateCallObject& call, const StateImpl& impl) {
+  return call.parts ? run_many_direct(call, impl) : run_one_direct(call, impl);
 }
 
 // --- through the I/O thread -----------------------------------------------------------------------
 
-engine::StateTask* new_task(const StateCallObject* call, const StateImpl& impl) {
+engine::Acquisition* new_task(const StateCallObject& call, const StateImpl& impl) {
+  const Nanos deadline = saturating_add(impl.engine->clock().now(), impl.timeout);
+  if (call.parts) return new_many_task(call, impl, deadline);
   auto* task = new engine::StateTask(*impl.service);
-  fill_op(*call, impl, saturating_add(impl.engine->clock().now(), impl.timeout), task);
+  fill_op(call, impl, deadline, task);
   return task;
 }
 
+PyObject* shape_task(const StateCallObject& call, engine::Completion& completion) {
+  if (call.parts) return shape_many(call, static_cast<engine::StateManyTask&>(completion));
+  const auto& task = static_cast<engine::StateTask&>(completion);
+  return shape_reply(call, task.status(), task.reply);
+}
+
 PyObject* finish(PyObject* owner, engine::Completion& completion) {
-  auto& task = static_cast<engine::StateTask&>(completion);
-  return shape_reply(*self_of(owner), task.status(), task.reply);
+  return shape_task(*self_of(owner), completion);
 }
 
 WaiterObject* submit(StateCallObject* call, const StateImpl& impl) {
   std::shared_ptr<LoopState> loop = running_loop_state();
   WaiterObject* waiter = loop ? new_waiter(impl.engine, loop) : nullptr;
   if (!waiter) return nullptr;
-  engine::StateTask* task = new_task(call, impl);
+  engine::Acquisition* task = new_task(*call, impl);
   task->ref();  // one for the engine and its queue, one for the waiter
   task->target = loop->target;
   task->cookie = waiter;
@@ -187,7 +154,7 @@ WaiterObject* submit(StateCallObject* call, const StateImpl& impl) {
 
 PyObject* run_blocking(StateCallObject* call, const StateImpl& impl) {
   auto target = std::make_shared<engine::SyncTarget>();
-  engine::StateTask* task = new_task(call, impl);
+  engine::Acquisition* task = new_task(*call, impl);
   task->target = target;
   // The state may be rebound while the GIL is released: keep its engine.
   const std::shared_ptr<engine::Engine> engine = impl.engine;
@@ -196,7 +163,7 @@ PyObject* run_blocking(StateCallObject* call, const StateImpl& impl) {
     return raise_closed(impl);
   }
   if (!wait_sync(*engine, task, target, true)) return nullptr;
-  PyObject* result = shape_reply(*call, task->status(), task->reply);
+  PyObject* result = shape_task(*call, *task);
   task->unref();
   return result;
 }
@@ -207,7 +174,7 @@ PyObject* call_wait(PyObject* object, PyObject*) {
   StateCallObject* call = self_of(object);
   StateImpl* impl = use(call);
   if (!impl) return nullptr;
-  if (impl->direct) return run_direct(call, *impl);
+  if (impl->memory) return run_direct(*call, *impl);
   if (in_running_loop()) {
     call->used = false;
     PyErr_SetString(PyExc_RuntimeError, "wait() would block the running event loop: await it instead");
@@ -219,10 +186,10 @@ PyObject* call_wait(PyObject* object, PyObject*) {
 // `await`: decided in the first send() where the store is direct, otherwise the waiter takes over.
 PyObject* call_await(PyObject* object) {
   StateCallObject* call = self_of(object);
-  if (call->state->impl && call->state->impl->direct) return Py_NewRef(object);
+  if (call->state->impl && call->state->impl->memory) return Py_NewRef(object);
   StateImpl* impl = use(call);
   if (!impl) return nullptr;
-  if (!impl->direct) return reinterpret_cast<PyObject*>(submit(call, *impl));
+  if (!impl->memory) return reinterpret_cast<PyObject*>(submit(call, *impl));
   call->used = false;  // rebound to a direct one after a fork
   return Py_NewRef(object);
 }
@@ -234,8 +201,8 @@ PySendResult call_send(PyObject* object, PyObject* value, PyObject** result) {
   StateCallObject* call = self_of(object);
   if (!call->waiter) {
     StateImpl* impl = use(call);
-    if (impl && impl->direct) {
-      *result = run_direct(call, *impl);
+    if (impl && impl->memory) {
+      *result = run_direct(*call, *impl);
       return *result ? PYGEN_RETURN : PYGEN_ERROR;
     }
     if (impl) call->waiter = submit(call, *impl);
@@ -277,6 +244,7 @@ PyObject* call_close(PyObject* object, PyObject*) {
 int call_traverse(PyObject* object, visitproc visit, void* arg) {
   StateCallObject* call = self_of(object);
   Py_VISIT(reinterpret_cast<PyObject*>(call->state));
+  Py_VISIT(call->parts);
   Py_VISIT(reinterpret_cast<PyObject*>(call->waiter));
   Py_VISIT(Py_TYPE(object));
   return 0;
@@ -295,6 +263,7 @@ void call_dealloc(PyObject* object) {
   Py_XDECREF(call->key);
   Py_XDECREF(call->kind);
   Py_XDECREF(call->value);
+  Py_XDECREF(call->parts);
   Py_DECREF(reinterpret_cast<PyObject*>(call->state));
   PyTypeObject* type = Py_TYPE(object);
   if (g_spares < g_spare.size()) {
@@ -349,12 +318,13 @@ StateCallObject* new_state_call(StateObject* owner, StateOp::Verb verb, Shape sh
   call->key = nullptr;
   call->kind = nullptr;
   call->value = nullptr;
+  call->parts = nullptr;
   call->waiter = nullptr;
   call->ttl = store::kNoTtl;
   call->number = 0;
   call->verb = verb;
   call->shape = shape;
-  call->want_actual = call->renew = call->revive = call->due_in = call->used = false;
+  call->want_actual = call->renew = call->revive = call->due_in = call->atomic = call->used = false;
   PyObject_GC_Track(object_of(call));
   return call;
 }
