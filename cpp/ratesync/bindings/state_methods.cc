@@ -181,10 +181,15 @@ PyObject* method(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyObje
   return kTable[index].make(self, given);
 }
 
+constexpr int kFast = METH_FASTCALL | METH_KEYWORDS;
+
+PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t, PyObject*)) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function));
+}
+
 template <std::size_t index>
 PyMethodDef define(const char* doc) {
-  return {kTable[index].name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(method<index>)),
-          METH_FASTCALL | METH_KEYWORDS, doc};
+  return {kTable[index].name, fast(method<index>), kFast, doc};
 }
 
 // Fields of ratesync.ops.Op, in order: an agreement with it.
@@ -199,96 +204,27 @@ Py_ssize_t field_of(std::string_view name) {
 
 }  // namespace
 
+// Their documentation stands in ratesync/states.py, which is what users see: here are the signatures only.
 PyMethodDef kStateMethods[] = {
-    define<0>(
-        "check_and_set($self, /, key, value='1', ttl=None, *, kind=None)\n--\n\nCreate a key that is not "
-        "there: "
-        "deduplication.\n\n"
-        "Args:\n    key: text of 1 to 1024 bytes.\n    value: what to store.\n    ttl: seconds above 0 (or a "
-        "timedelta) until it is gone; None: never.\n    kind: of the key; that of this state by default.\n\n"
-        "Returns:\n    True when it was created now, False when it was there; exactly one of any number of "
-        "callers gets True.\n\n"
-        "Example:\n    if await state.check_and_set(\"order-42\", ttl=300):\n        ..."),
-    define<1>(
-        "get($self, /, key, *, kind=None)\n--\n\nThe value of a key, or None.\n\nExample:\n    value = await "
-        "state.get(\"order-42\")"),
-    define<2>("get_versioned($self, /, key, *, kind=None)\n--\n\nThe value of a key with its version and "
-              "expiry, or "
-              "None.\n\nExample:\n    found = await state.get_versioned(\"order-42\")"),
-    define<3>("set($self, /, key, value, ttl=None, *, kind=None)\n--\n\nStore a value, whatever is there; "
-              "the expiry "
-              "is replaced, too.\n\nReturns:\n    The version written.\n\nExample:\n    version = await "
-              "state.set(\"order-42\", \"paid\", ttl=300)"),
-    define<4>("delete($self, /, key, expected=None, *, kind=None)\n--\n\nRemove a key; only while it has the "
-              "version "
-              "`expected`, if given.\n\nReturns:\n    Whether it was there, in that version.\n\nExample:\n   "
-              " gone = "
-              "await state.delete(\"order-42\")"),
-    define<5>(
-        "increment($self, /, key, delta=1, ttl=None, renew=False, *, kind=None)\n--\n\nAdd to an integer; a "
-        "key "
-        "that is not there counts as 0.\n\nArgs:\n    delta: an int within 64 bits, also negative.\n    ttl: "
-        "of "
-        "the key when it is created; with `renew` also later.\n\nReturns:\n    The sum.\n\nRaises:\n    "
-        "CounterError: the value is no integer, or the sum does not fit into 64 bits; nothing was "
-        "changed.\n\n"
-        "Example:\n    count = await state.increment(\"visits\", ttl=60)"),
-    define<6>("compare_and_swap($self, /, key, *, expected, value, ttl=KEEP, kind=None)\n--\n\nReplace the "
-              "value of a "
-              "key that has the version `expected`; 0: create it.\n\nArgs:\n    ttl: KEEP leaves the running "
-              "expiry.\n\nReturns:\n    The new version.\n\nRaises:\n    StaleVersionError: it has another "
-              "version, "
-              "or "
-              "is gone.\n\nExample:\n    version = await state.compare_and_swap(\"order-42\", expected=3, "
-              "value=\"paid\")"),
-    define<7>(
-        "touch($self, /, key, ttl, *, expected=None, kind=None)\n--\n\nGive a key `ttl` seconds from now; "
-        "the "
-        "version stays.\n\nReturns:\n    Whether it is there (in the version `expected`).\n\nExample:\n    "
-        "alive = await state.touch(\"session\", 300)"),
-    define<8>(
-        "schedule($self, /, key, at, *, kind=None)\n--\n\nGive a key a timeout, in place of the one it "
-        "has.\n\nArgs:\n    at: a datetime with a time zone, seconds since 1970, or a timedelta from the "
-        "store's now.\n\nExample:\n    await state.schedule(\"order-42\", timedelta(minutes=5))"),
-    define<9>(
-        "unschedule($self, /, key, *, claim=None, kind=None)\n--\n\nRemove the timeout of a key; only while "
-        "`claim` is its newest claim, if given.\n\nReturns:\n    Whether it was there.\n\nExample:\n    "
-        "await "
-        "state.unschedule(due.key, claim=due.claim)"),
+    define<0>("check_and_set($self, /, key, value='1', ttl=None, *, kind=None)\n--\n\n"),
+    define<1>("get($self, /, key, *, kind=None)\n--\n\n"),
+    define<2>("get_versioned($self, /, key, *, kind=None)\n--\n\n"),
+    define<3>("set($self, /, key, value, ttl=None, *, kind=None)\n--\n\n"),
+    define<4>("delete($self, /, key, expected=None, *, kind=None)\n--\n\n"),
+    define<5>("increment($self, /, key, delta=1, ttl=None, renew=False, *, kind=None)\n--\n\n"),
+    define<6>("compare_and_swap($self, /, key, *, expected, value, ttl=Ellipsis, kind=None)\n--\n\n"),
+    define<7>("touch($self, /, key, ttl, *, expected=None, kind=None)\n--\n\n"),
+    define<8>("schedule($self, /, key, at, *, kind=None)\n--\n\n"),
+    define<9>("unschedule($self, /, key, *, claim=None, kind=None)\n--\n\n"),
     define<10>("Pending[(created, version, value of the row found)]"),
     define<11>("Pending[(done, version found)]"),
-    {"many", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(state_many)),
-     METH_FASTCALL | METH_KEYWORDS,
-     "many($self, /, ops, *, atomic=False)\n--\n\nMake several operations in one call.\n\n"
-     "Args:\n    ops: made by the functions of `ratesync.ops`, or calls of this state that were not awaited; "
-     "at "
-     "most 10,000. Operations of one key are executed in their order.\n    atomic: all or nothing, of "
-     "different keys.\n\n"
-     "Returns:\n    A list with one entry for each operation: what its method returns, or the exception it "
-     "would raise.\n\n"
-     "Raises:\n    RolledBackError: one of an atomic call could not be done, so none was.\n\n"
-     "Example:\n    from ratesync import ops\n    await state.many([ops.set(\"a\", 1), ops.delete(\"b\")], "
-     "atomic=True)"},
-    {"claim_due", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(state_claim_due)),
-     METH_FASTCALL | METH_KEYWORDS,
-     "claim_due($self, /, limit=100, lease=60, *, kind=None)\n--\n\nTake timeouts that are due, oldest "
-     "first; "
-     "each goes to exactly one caller.\n\n"
-     "Args:\n    limit: at most so many, 1 to 10,000.\n    lease: seconds (or a timedelta) after which what "
-     "was "
-     "not unscheduled falls due again.\n    kind: of the keys; None: every kind.\n\n"
-     "Returns:\n    A list of Due(key, kind, due_at, claim).\n\n"
-     "Example:\n    for due in await state.claim_due():\n        await state.unschedule(due.key, "
-     "claim=due.claim, kind=due.kind)"},
+    {"many", fast(state_many), kFast, "many($self, /, ops, *, atomic=False)\n--\n\n"},
+    {"claim_due", fast(state_claim_due), kFast,
+     "claim_due($self, /, limit=100, lease=60, *, kind=None)\n--\n\n"},
+    {"purge", fast(state_purge), kFast, "purge($self, /, limit=10000)\n--\n\n"},
+    {"initialize", state_initialize, METH_NOARGS, "initialize($self, /)\n--\n\n"},
     {"_scan", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(state_scan)), METH_FASTCALL,
      "Pending[([(key, value, version, ms since 1970 or 0)], cursor, empty at the end)]"},
-    {"initialize", state_initialize, METH_NOARGS,
-     "initialize($self, /)\n--\n\nConnect and check the tables of this prefix; otherwise the first use "
-     "does.\n\nExample:\n    await state.initialize()"},
-    {"purge", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(state_purge)),
-     METH_FASTCALL | METH_KEYWORDS,
-     "purge($self, /, limit=10000)\n--\n\nThrow dead rows away now; the store does so by itself in the "
-     "background.\n\nReturns:\n    How many.\n\nExample:\n    gone = await state.purge()"},
     {nullptr, nullptr, 0, nullptr},
 };
 
