@@ -1,157 +1,129 @@
-// State of the memory store on a manual clock, asked without an engine.
+// Operations on state for tests: one call is one operation, answered by the loop of its process.
 #pragma once
 
-#include <gtest/gtest.h>
+#include "limit_rig.h"
+#include "ratesync/store/state_store.h"
 
-#include <cstdint>
-#include <memory>
-#include <string>
-#include <utility>
-#include <vector>
+namespace ratesync::testing {
 
-#include "ratesync/memory/memory_store.h"
-
-namespace ratesync::memory {
-
-using store::StateReply;
 using Verb = store::StateOp::Verb;
-using Outcome = StateReply::Outcome;
+using Outcome = store::StateReply::Outcome;
 
-struct StateCall final : store::StateOp {
-  void done() override { ++answers; }
-  int answers = 0;
-};
-
-struct BatchCall final : store::StateBatch {
-  void done() override { ++answers; }
-  int answers = 0;
-};
+inline store::SpaceRef space(const std::string& tenant = "default",
+                             const std::string& name_space = "default") {
+  return std::make_shared<const store::Space>(store::Space{name_space, tenant});
+}
 
 inline store::Value text(std::string data) { return {store::Value::Type::text, std::move(data), 0}; }
+inline store::Value bytes(std::string data) { return {store::Value::Type::bytes, std::move(data), 0}; }
 inline store::Value integer(std::int64_t number) { return {store::Value::Type::integer, {}, number}; }
 
-struct StateRig {
-  Clock clock{true};
-  MemoryStore store{clock};
-  store::StateStore& state = *store.state("t_").value();
-  MemoryState& memory = static_cast<MemoryState&>(state);
-  store::SpaceRef space = std::make_shared<const store::Space>();
-
-  void pass(std::int64_t ms) { clock.advance(ms * kMilli); }
-  [[nodiscard]] std::int64_t now() const { return clock.wall(clock.now()) / kMilli; }
-
-  StateCall op(Verb verb, const std::string& key) {
-    StateCall call;
-    call.verb = verb;
-    call.space = space;
-    call.kind = own_kind;
-    call.key = key;
-    call.id = ++ids;
-    call.value = text("v");
-    return call;
+struct Operation final : store::StateOp {
+  Operation(Verb what, std::string of) {
+    static std::atomic<std::int64_t> ids{1};
+    verb = what;
+    space = testing::space();
+    kind = "test";
+    key = std::move(of);
+    id = ids++;
   }
-  StateReply run(StateCall call) {
-    state.submit(&call);
-    EXPECT_EQ(call.answers, 1);
-    EXPECT_TRUE(call.reply.status.ok());
-    return call.reply;
+  void done() override {
+    answered = true;
+    if (then) then(*this);
   }
-  StateReply get(const std::string& key) { return run(op(Verb::get, key)); }
-  StateReply create(const std::string& key, std::int64_t ttl = store::kNoTtl) {
-    StateCall call = op(Verb::create, key);
-    call.ttl = ttl;
-    return run(std::move(call));
+  Operation& in(store::SpaceRef where, const std::string& what = "test") {
+    space = std::move(where);
+    kind = what;
+    return *this;
   }
-  StateReply set(const std::string& key, store::Value value, std::int64_t ttl = store::kNoTtl) {
-    StateCall call = op(Verb::set, key);
-    call.value = std::move(value);
-    call.ttl = ttl;
-    return run(std::move(call));
+  Operation& with(store::Value what) {
+    value = std::move(what);
+    return *this;
   }
-  StateReply swap(const std::string& key, std::int64_t expected, std::int64_t ttl = store::kKeepTtl,
-                  bool revive = false) {
-    StateCall call = op(Verb::swap, key);
-    call.value = text("swapped");
-    call.expected = expected;
-    call.ttl = ttl;
-    call.revive = revive;
-    return run(std::move(call));
+  Operation& plus(std::int64_t what) {
+    delta = what;
+    return *this;
   }
-  StateReply remove(const std::string& key, std::int64_t expected = store::kAnyVersion) {
-    StateCall call = op(Verb::remove, key);
-    call.expected = expected;
-    return run(std::move(call));
+  Operation& expires(std::int64_t ms) {
+    ttl = ms;
+    return *this;
   }
-  StateReply add(const std::string& key, std::int64_t delta, std::int64_t ttl = store::kNoTtl,
-                 bool renew = false) {
-    StateCall call = op(Verb::add, key);
-    call.delta = delta;
-    call.ttl = ttl;
-    call.renew = renew;
-    return run(std::move(call));
+  Operation& at(std::int64_t version) {
+    expected = version;
+    return *this;
   }
-  StateReply touch(const std::string& key, std::int64_t ttl, std::int64_t expected = store::kAnyVersion) {
-    StateCall call = op(Verb::touch, key);
-    call.ttl = ttl;
-    call.expected = expected;
-    return run(std::move(call));
+  Operation& wants() {
+    want_actual = true;
+    return *this;
   }
-  StateReply schedule(const std::string& key, std::int64_t due, bool due_in = false,
-                      const std::string& kind = "k") {
-    StateCall call = op(Verb::schedule, key);
-    call.kind = kind;
-    call.due = due;
-    call.due_in = due_in;
-    return run(std::move(call));
-  }
-  StateReply unschedule(const std::string& key, std::int64_t claim = 0) {
-    StateCall call = op(Verb::unschedule, key);
-    call.expected = claim;
-    return run(std::move(call));
-  }
-  std::vector<store::DueKey> claim_due(std::size_t limit, std::int64_t lease, const std::string& kind = "") {
-    std::vector<store::DueKey> out;
-    state.claim_due(space, kind, limit, lease, [&](auto due) { out = std::move(due.value()); });
-    return out;
-  }
-  std::int64_t purge(std::size_t limit = 1'000'000'000) {
-    std::int64_t out = -1;
-    state.purge(limit, [&](auto count) { out = count.value(); });
-    return out;
-  }
-  Result<store::StatePage> page(const std::string& prefix, const std::string& cursor, std::size_t size,
-                                const std::string& kind = "k") {
-    Result<store::StatePage> out = Status::make(Code::internal, "no answer");
-    state.scan(space, kind, prefix, cursor, size, [&](auto page) { out = std::move(page); });
-    return out;
-  }
-  // The keys of a whole scan.
-  std::vector<std::string> keys(const std::string& prefix = "", std::size_t size = 3,
-                                const std::string& kind = "k") {
-    std::vector<std::string> out;
-    std::string cursor;
-    do {
-      auto seen = page(prefix, cursor, size, kind);
-      EXPECT_TRUE(seen.ok());
-      for (const store::StateRow& row : seen.value().rows) out.push_back(row.key);
-      EXPECT_LE(seen.value().rows.size(), size);
-      cursor = seen.value().cursor;
-    } while (!cursor.empty());
-    return out;
-  }
-  // True: applied.
-  bool batch(const std::vector<StateCall*>& calls) {
-    BatchCall all;
-    all.ops.assign(calls.begin(), calls.end());
-    state.submit(&all);
-    EXPECT_EQ(all.answers, 1);
-    EXPECT_TRUE(all.status.ok());
-    for (const StateCall* call : calls) EXPECT_EQ(call->answers, 0);
-    return all.applied;
-  }
-
-  std::int64_t ids = 0;
-  const std::string own_kind = "k";
+  bool answered = false;
+  std::function<void(Operation&)> then;
 };
 
-}  // namespace ratesync::memory
+struct AtomicBatch final : store::StateBatch {
+  void done() override { answered = true; }
+  bool answered = false;
+};
+
+class StateProcess : public Process {
+ public:
+  explicit StateProcess(const Schema& schema,
+                        const std::function<void(postgres::PostgresOptions&)>& change = {},
+                        const std::string& role = {}, const std::string& prefix = "acteon_")
+      : Process(schema, change, role), state(store->state(prefix).value()) {}
+
+  store::StateReply ask(Operation op) {
+    state->submit(&op);
+    EXPECT_TRUE(until([&] { return op.answered; }));
+    EXPECT_TRUE(op.reply.status.ok()) << op.key << ": " << op.reply.status.message;
+    return op.reply;
+  }
+  Status refusal(Operation op) {
+    state->submit(&op);
+    EXPECT_TRUE(until([&] { return op.answered; }));
+    return op.reply.status;
+  }
+  // All at once, in this order.
+  void ask_all(std::vector<std::unique_ptr<Operation>>& ops) {
+    for (auto& op : ops) state->submit(op.get());
+    EXPECT_TRUE(until(
+        [&] { return std::all_of(ops.begin(), ops.end(), [](const auto& op) { return op->answered; }); }));
+  }
+  // Whether it was applied; replies are in the operations.
+  bool atomic(std::vector<Operation*> ops) {
+    AtomicBatch batch;
+    batch.ops.assign(ops.begin(), ops.end());
+    state->submit(&batch);
+    EXPECT_TRUE(until([&] { return batch.answered; }));
+    EXPECT_TRUE(batch.status.ok()) << batch.status.message;
+    return batch.applied;
+  }
+  store::StateReply get(const std::string& key) { return ask(Operation(Verb::get, key)); }
+  std::int64_t purge(std::size_t limit = 1'000'000) {
+    std::optional<Result<std::int64_t>> out;
+    state->purge(limit, [&](Result<std::int64_t> r) { out = std::move(r); });
+    EXPECT_TRUE(until([&] { return out.has_value(); }));
+    EXPECT_TRUE(out->ok()) << out->status().message;
+    return out->ok() ? out->value() : -1;
+  }
+  store::StatePage scan(const store::SpaceRef& of, const std::string& kind, const std::string& prefix,
+                        const std::string& cursor = {}, std::size_t page = 100) {
+    std::optional<Result<store::StatePage>> out;
+    state->scan(of, kind, prefix, cursor, page, [&](Result<store::StatePage> r) { out = std::move(r); });
+    EXPECT_TRUE(until([&] { return out.has_value(); }));
+    EXPECT_TRUE(out->ok()) << out->status().message;
+    return out->ok() ? out->value() : store::StatePage{};
+  }
+  std::vector<store::DueKey> claim(std::size_t limit = 100, std::int64_t lease = 60'000,
+                                   const std::string& kind = {}) {
+    std::optional<Result<std::vector<store::DueKey>>> out;
+    state->claim_due(space(), kind, limit, lease, [&](auto r) { out = std::move(r); });
+    EXPECT_TRUE(until([&] { return out.has_value(); }));
+    EXPECT_TRUE(out->ok()) << out->status().message;
+    return out->ok() ? out->value() : std::vector<store::DueKey>{};
+  }
+
+  store::StateStore* const state;
+};
+
+}  // namespace ratesync::testing

@@ -1,37 +1,342 @@
 #include "ratesync/postgres/state_store.h"
 
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <chrono>
+#include <utility>
+
+#include "ratesync/postgres/state_stage.h"
+#include "ratesync/postgres/state_trip.h"
+
 namespace ratesync::postgres {
+
+using store::StateBatch;
+using store::StateOp;
+
 namespace {
-Status not_yet() { return Status::make(Code::invalid, "this store does not carry state"); }
+
+constexpr std::size_t kMaxBatch = 1'000;
+constexpr std::size_t kMaxQueue = 100'000;  // per lane
+constexpr std::size_t kNameBytes = 255;
+constexpr std::size_t kKeyBytes = 1'024;
+
+Status check_text(std::string_view what, std::string_view text, std::size_t most) {
+  if (!text.empty() && text.size() <= most && utf8_length(text) > 0) return Status::success();
+  return Status::make(
+      Code::invalid,
+      fmt::format("{}: expected 1 to {} bytes of UTF-8 without NUL, got {} bytes", what, most, text.size()));
+}
+
+Status check(const store::Space& space, const std::string& kind) {
+  if (Status bad = check_text("namespace", space.name_space, kNameBytes); !bad.ok()) return bad;
+  if (Status bad = check_text("tenant", space.tenant, kNameBytes); !bad.ok()) return bad;
+  return check_text("kind", kind, kNameBytes);
+}
+
+Status check(const StateOp& op) {
+  if (Status bad = check(*op.space, op.kind); !bad.ok()) return bad;
+  return check_text("key", op.key, kKeyBytes);
+}
+
+// The smallest text that is greater than every text with this prefix; nothing: there is none.
+Param behind(std::string prefix) {
+  while (!prefix.empty()) {
+    std::size_t at = prefix.size() - 1;
+    while (at > 0 && (static_cast<unsigned char>(prefix[at]) & 0xC0) == 0x80) --at;
+    const auto lead = static_cast<unsigned char>(prefix[at]);
+    std::uint32_t point = lead < 0x80 ? lead : lead & (0x3F >> (prefix.size() - at - 1));
+    for (std::size_t i = at + 1; i < prefix.size(); ++i)
+      point = (point << 6) | (static_cast<unsigned char>(prefix[i]) & 0x3F);
+    prefix.resize(at);
+    if (point == 0x10FFFF) continue;
+    point = point == 0xD7FF ? 0xE000 : point + 1;
+    const auto put = [&prefix](std::uint32_t byte) { prefix += static_cast<char>(byte); };
+    if (point < 0x80) {
+      put(point);
+    } else if (point < 0x800) {
+      put(0xC0 | (point >> 6)), put(0x80 | (point & 0x3F));
+    } else if (point < 0x10000) {
+      put(0xE0 | (point >> 12)), put(0x80 | ((point >> 6) & 0x3F)), put(0x80 | (point & 0x3F));
+    } else {
+      put(0xF0 | (point >> 18)), put(0x80 | ((point >> 12) & 0x3F)), put(0x80 | ((point >> 6) & 0x3F)),
+          put(0x80 | (point & 0x3F));
+    }
+    return Param::text(std::move(prefix));
+  }
+  return Param::null();
+}
+
 }  // namespace
 
-void PgStateStore::submit(store::StateOp* op) {
-  op->reply = {};
-  op->reply.status = not_yet();
-  op->done();
+PgStateStore::PgStateStore(PrefixBackend& backend)
+    : backend_(backend),
+      clock_(backend.clock()),
+      sql_(make_state_sql(backend.names())),
+      random_(std::random_device{}()),
+      close_timer_(std::make_unique<asio::steady_timer>(backend.io())),
+      purge_timer_(std::make_unique<asio::steady_timer>(backend.io())) {
+  const std::size_t count = std::max<std::size_t>(backend.options().lanes, 1) + 1;
+  for (std::size_t i = 0; i < count; ++i)
+    lanes_.push_back(std::make_unique<Lane>(batch::BatcherOptions{kMaxBatch, kMaxQueue, 1}));
 }
-void PgStateStore::submit(store::StateBatch* batch) {
-  batch->status = not_yet();
-  batch->done();
-}
-bool PgStateStore::abandon(store::StateOp*) { return false; }
-bool PgStateStore::abandon(store::StateBatch*) { return false; }
-void PgStateStore::scan(const store::SpaceRef&, const std::string&, const std::string&, const std::string&,
-                        std::size_t, store::Callback<store::StatePage> done) {
-  done(not_yet());
-}
-void PgStateStore::claim_due(const store::SpaceRef&, const std::string&, std::size_t, std::int64_t,
-                             store::Callback<std::vector<store::DueKey>> done) {
-  done(not_yet());
-}
-void PgStateStore::purge(std::size_t, store::Callback<std::int64_t> done) { done(not_yet()); }
+
+PgStateStore::~PgStateStore() { *alive_ = false; }
+
 void PgStateStore::initialize(store::Callback<store::Unit> done) {
   backend_.when_ready(Facet::state, [done = std::move(done)](Status status) {
     status.ok() ? done(store::Unit{}) : done(std::move(status));
   });
 }
-void PgStateStore::close(Nanos, std::function<void()> done) { done(); }
-void PgStateStore::abandon_after_fork() {}
-void PgStateStore::fill(store::Stats&) const {}
+
+void PgStateStore::count(const std::vector<Call>& calls, std::size_t ops) {
+  ++stats_.round_trips;
+  stats_.statements += calls.size();
+  stats_.batched_ops += ops;
+}
+
+void PgStateStore::fill(store::Stats& stats) const {
+  stats.round_trips += stats_.round_trips;
+  stats.statements += stats_.statements;
+  stats.batched_ops += stats_.batched_ops;
+  stats.conflicts += stats_.conflicts;
+}
+
+// --- queueing -----------------------------------------------------------------------------------
+
+void PgStateStore::fail(QueuedState& item, const Status& status) {
+  if (item.batch) {
+    item.batch->status = status;
+    item.batch->applied = false;
+    return item.batch->done();
+  }
+  item.op->reply = {};
+  item.op->reply.status = status;
+  item.op->done();
+}
+
+void PgStateStore::fail_all(const StateItems& items, const Status& status) {
+  for (QueuedState* item : items) forget(*item);
+  for (QueuedState* item : items) fail(*item, status);
+}
+
+// Their keys were forgotten before, since a callback may submit again.
+void PgStateStore::deliver(const StateItems& items) {
+  for (QueuedState* item : items) item->batch ? item->batch->done() : item->op->done();
+}
+
+void PgStateStore::push(QueuedState item) {
+  if (closing_) return fail(item, Status::make(Code::closed, "the store was closed"));
+  arm_purge();
+  Lane& lane = item.wide ? *lanes_.back() : *lanes_[item.bucket % (lanes_.size() - 1)];
+  const void* const op = item.batch ? static_cast<const void*>(item.batch) : item.op;
+  const QueuedState copy = item;
+  const Result<batch::Ticket> ticket = lane.batcher.push(std::move(item), 0);
+  if (!ticket.ok()) return fail(item, ticket.status());  // refused: the item is still ours
+  for (const std::size_t slot : slots_of(copy)) ++(copy.wide ? wide_ : ordinary_)[slot];
+  tickets_[op] = {&lane, ticket.value()};
+  pump(lane);
+}
+
+std::vector<std::size_t> PgStateStore::slots_of(const QueuedState& item) {
+  if (!item.batch) return {item.bucket % kSlots};
+  std::vector<std::size_t> slots;
+  for (const StateOp* op : item.batch->ops)
+    slots.push_back(store::bucket_of(*op->space, op->kind, op->key) % kSlots);
+  return slots;
+}
+
+void PgStateStore::forget(const QueuedState& item) {
+  for (const std::size_t slot : slots_of(item)) --(item.wide ? wide_ : ordinary_)[slot];
+  if (!item.wide && held_) poke();
+}
+
+void PgStateStore::submit(StateOp* op) {
+  op->reply = {};
+  QueuedState item;
+  item.op = op;
+  if (Status bad = check(*op); !bad.ok()) return fail(item, bad);
+  item.bucket = store::bucket_of(*op->space, op->kind, op->key);
+  item.wide = wide_[item.bucket % kSlots] > 0;
+  item.seen = 4 * found_ > created_ + 8;
+  push(std::move(item));
+}
+
+void PgStateStore::submit(StateBatch* batch) {
+  QueuedState item;
+  item.batch = batch;
+  item.wide = true;
+  batch->status = Status::success();
+  batch->applied = false;
+  for (StateOp* op : batch->ops) {
+    op->reply = {};
+    if (Status bad = check(*op); !bad.ok()) return fail(item, bad);
+  }
+  if (batch->ops.empty()) {
+    batch->applied = true;
+    return batch->done();
+  }
+  push(std::move(item));
+}
+
+bool PgStateStore::take_back(const void* op) {
+  const auto found = tickets_.find(op);
+  if (found == tickets_.end()) return false;
+  const std::optional<QueuedState> item = found->second.lane->batcher.cancel(found->second.ticket);
+  tickets_.erase(found);
+  if (item) forget(*item);
+  return item.has_value();
+}
+
+bool PgStateStore::abandon(StateOp* op) { return take_back(op); }
+bool PgStateStore::abandon(StateBatch* batch) { return take_back(batch); }
+
+void PgStateStore::pump(Lane& lane) {
+  if (lane.busy || lane.batcher.queued() == 0) return;
+  lane.busy = true;
+  ++trips_;
+  backend_.when_ready(Facet::state, [this, &lane, alive = alive_](Status status) {
+    if (!*alive) return;
+    if (!status.ok()) return take_off(lane, std::move(status));
+    backend_.pool().get([this, &lane, alive](Result<PgPool::Lease> connection) {
+      if (*alive) take_off(lane, std::move(connection));
+    });
+  });
+}
+
+void PgStateStore::take_off(Lane& lane, Result<PgPool::Lease> connection) {
+  if (!connection.ok()) {
+    fail_queued(lane, connection.status());
+    lane.busy = false;
+    --trips_;
+    pump(lane);
+    return maybe_closed();
+  }
+  auto batch = lane.batcher.take();
+  if (!batch) {  // all of it was abandoned meanwhile
+    backend_.pool().put(std::move(connection.value()));
+    lane.busy = false;
+    --trips_;
+    return maybe_closed();
+  }
+  begin_trip(lane, std::move(*batch), std::move(connection.value()), 1);
+}
+
+void PgStateStore::fail_queued(Lane& lane, const Status& status) {
+  // Only what is queued now: a caller that asks again from inside done() starts a new attempt.
+  std::size_t left = lane.batcher.queued();
+  while (left > 0) {
+    auto batch = lane.batcher.take();
+    if (!batch) break;
+    left -= std::min(left, batch->ops.size());
+    StateItems items;
+    for (QueuedState& item : batch->ops) {
+      tickets_.erase(item.batch ? static_cast<const void*>(item.batch) : item.op);
+      items.push_back(&item);
+    }
+    lane.batcher.finished(batch->id);
+    fail_all(items, status);
+  }
+}
+
+// --- what is not batched ------------------------------------------------------------------------
+
+void PgStateStore::with_connection(std::function<void(Result<PgPool::Lease>)> use) {
+  backend_.when_ready(Facet::state, [this, use = std::move(use), alive = alive_](Status status) {
+    if (!*alive || !status.ok()) return use(std::move(status));
+    backend_.pool().get([use, alive](Result<PgPool::Lease> got) {
+      use(*alive || !got.ok() ? std::move(got) : Status::make(Code::closed, "the store was closed"));
+    });
+  });
+}
+
+void PgStateStore::scan(const store::SpaceRef& space, const std::string& kind, const std::string& prefix,
+                        const std::string& cursor, std::size_t page_size,
+                        store::Callback<store::StatePage> done) {
+  if (Status bad = check(*space, kind); !bad.ok()) return done(bad);
+  if (utf8_length(prefix) < 0 || utf8_length(cursor) < 0)
+    return done(Status::make(Code::invalid, "prefix and cursor: expected UTF-8 without NUL"));
+  page_size = std::clamp<std::size_t>(page_size, 1, 100'000);
+  Call call{
+      &sql_.scan,
+      {Param::text(space->name_space), Param::text(space->tenant), Param::text(kind), Param::text(prefix),
+       Param::text(cursor), behind(prefix), Param::text(std::to_string(page_size + 1))}};
+  with_connection([this, call = std::move(call), page_size, done = std::move(done),
+                   alive = alive_](Result<PgPool::Lease> got) {
+    if (!got.ok()) return done(got.status());
+    std::vector<Call> calls{call};
+    count(calls, 1);
+    const PgPool::Lease connection = got.value();
+    connection->run(std::move(calls), [this, connection, page_size, done, alive](PipelineResult result) {
+      if (!*alive) return done(Status::make(Code::closed, "the store was closed"));
+      backend_.pool().put(connection);
+      if (!result.status.ok()) return done(backend_.explain(Facet::state, result));
+      const Rows& rows = *result.results[0];
+      store::StatePage page;
+      const int size = std::min(rows.rows(), static_cast<int>(page_size));
+      for (int r = 0; r < size; ++r)
+        page.rows.push_back(
+            {std::string(rows.text(r, 0)), read_value(rows, r, 1), rows.number(r, 4), rows.number(r, 5)});
+      if (rows.rows() > size) page.cursor = page.rows.back().key;
+      done(std::move(page));
+    });
+  });
+}
+
+void PgStateStore::claim_due(const store::SpaceRef& space, const std::string& kind, std::size_t limit,
+                             std::int64_t lease, store::Callback<std::vector<store::DueKey>> done) {
+  if (Status bad = check(*space, kind.empty() ? "any" : kind); !bad.ok()) return done(bad);
+  Call call{&sql_.claim,
+            {Param::text(space->name_space), Param::text(space->tenant),
+             Param::text(std::to_string(std::clamp<std::size_t>(limit, 1, 100'000))),
+             Param::text(std::to_string(std::clamp<std::int64_t>(lease, 1, 300'000'000'000'000))),
+             kind.empty() ? Param::null() : Param::text(kind)}};
+  with_connection(
+      [this, call = std::move(call), done = std::move(done), alive = alive_](Result<PgPool::Lease> got) {
+        if (!got.ok()) return done(got.status());
+        std::vector<Call> calls{call};
+        count(calls, 1);
+        const PgPool::Lease connection = got.value();
+        connection->run(std::move(calls), [this, connection, done, alive](PipelineResult result) {
+          if (!*alive) return done(Status::make(Code::closed, "the store was closed"));
+          backend_.pool().put(connection);
+          if (!result.status.ok()) return done(backend_.explain(Facet::state, result));
+          const Rows& rows = *result.results[0];
+          std::vector<store::DueKey> due;
+          for (int r = 0; r < rows.rows(); ++r)
+            due.push_back({std::string(rows.text(r, 0)), std::string(rows.text(r, 1)), rows.number(r, 2),
+                           rows.number(r, 3)});
+          std::sort(due.begin(), due.end(), [](const store::DueKey& a, const store::DueKey& b) {
+            return a.due != b.due ? a.due < b.due : a.claim < b.claim;
+          });
+          done(std::move(due));
+        });
+      });
+}
+
+// --- the end ------------------------------------------------------------------------------------
+
+void PgStateStore::close(Nanos patience, std::function<void()> done) {
+  closing_ = true;
+  purge_timer_->cancel();
+  closed_ = std::move(done);
+  close_timer_->expires_after(std::chrono::nanoseconds(patience));
+  close_timer_->async_wait([this, alive = alive_](const asio::error_code& error) {
+    if (*alive && !error && closed_) std::exchange(closed_, nullptr)();
+  });
+  const Status closed = Status::make(Code::closed, "the store was closed");
+  for (const auto& lane : lanes_)
+    for (QueuedState& item : lane->batcher.close()) {
+      tickets_.erase(item.batch ? static_cast<const void*>(item.batch) : item.op);
+      fail_all({&item}, closed);
+    }
+  maybe_closed();
+}
+
+void PgStateStore::maybe_closed() {
+  if (!closing_ || trips_ > 0 || !closed_) return;
+  close_timer_->cancel();
+  std::exchange(closed_, nullptr)();
+}
 
 }  // namespace ratesync::postgres

@@ -1,18 +1,35 @@
-// State in PostgreSQL. I/O thread only, but for the construction.
+// State in PostgreSQL: batches what arrives while a trip is under way, lets the server decide, and finds out
+// what became of a trip whose answer was lost. I/O thread only, but for the construction.
+//
+// A key has one lane, which carries its operations in their order. Batches touch keys of several lanes and
+// travel in a lane of their own: from then on operations of their keys follow them there, and a batch leaves
+// when the ordinary lanes are through with its keys. Whether a key is about is counted, not listed: a
+// collision of two keys only costs time.
 #pragma once
 
+#include <array>
+#include <asio/steady_timer.hpp>
 #include <functional>
+#include <memory>
+#include <random>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
+#include "ratesync/batch/batcher.h"
 #include "ratesync/postgres/prefix_backend.h"
+#include "ratesync/postgres/state_plan.h"
+#include "ratesync/postgres/state_sql.h"
 #include "ratesync/store/state_store.h"
 
 namespace ratesync::postgres {
 
+struct StateDealt;
+
 class PgStateStore final : public store::StateStore {
  public:
-  explicit PgStateStore(PrefixBackend& backend) : backend_(backend) {}
+  explicit PgStateStore(PrefixBackend& backend);
+  ~PgStateStore() override;
 
   void submit(store::StateOp* op) override;
   void submit(store::StateBatch* batch) override;
@@ -26,12 +43,93 @@ class PgStateStore final : public store::StateStore {
   void purge(std::size_t limit, store::Callback<std::int64_t> done) override;
   void initialize(store::Callback<store::Unit> done) override;
 
+  // Fails what is queued with Code::closed and lets trips under way end, for `patience` at most.
   void close(Nanos patience, std::function<void()> done);
-  void abandon_after_fork();
+  void abandon_after_fork() {}  // nothing but timers, which are leaked with the rest
   void fill(store::Stats& stats) const;
 
  private:
+  using StateBatcher = batch::Batcher<QueuedState>;
+  struct Trip;
+  using TripPtr = std::shared_ptr<Trip>;
+  struct Lane {
+    explicit Lane(const batch::BatcherOptions& options) : batcher(options) {}
+    StateBatcher batcher;
+    bool busy = false;  // a trip is under way, or waits for its connection or for other lanes
+  };
+  struct Queued {
+    Lane* lane;
+    batch::Ticket ticket;
+  };
+  static constexpr std::size_t kSlots = 4'096;
+  struct Purge;
+  using PurgePtr = std::shared_ptr<Purge>;
+
+  // state_store.cc
+  void push(QueuedState item);
+  bool take_back(const void* op);
+  void forget(const QueuedState& item);  // it is answered, or given back: its keys are free
+  void fail(QueuedState& item, const Status& status);
+  void fail_all(const StateItems& items, const Status& status);
+  void deliver(const StateItems& items);
+  void pump(Lane& lane);
+  void take_off(Lane& lane, Result<PgPool::Lease> connection);
+  void fail_queued(Lane& lane, const Status& status);
+  void count(const std::vector<Call>& calls, std::size_t ops);
+  void maybe_closed();
+  void with_connection(std::function<void(Result<PgPool::Lease>)> use);
+
+  // state_trip.cc
+  void begin_trip(Lane& lane, StateBatcher::Batch batch, PgPool::Lease connection, unsigned in_a_row);
+  void start_round(const TripPtr& trip);
+  static std::vector<std::size_t> slots_of(const QueuedState& item);
+  void hold_back(Trip& trip);
+  void poke();
+  void answered(const TripPtr& trip, PipelineResult result);
+  void refused(Trip& trip, const StateStage& stage, const PipelineResult::Part& part, StateDealt& dealt,
+               std::vector<std::pair<StateItems, Status>>& failed);
+  void not_sent(const TripPtr& trip, const Status& status);
+  void retry_later(const TripPtr& trip);
+  void reconnect(const TripPtr& trip);
+  void land(const TripPtr& trip);
+
+  // state_doubt.cc
+  struct Doubt;
+  using DoubtPtr = std::shared_ptr<Doubt>;
+  void doubt(const TripPtr& trip, StateItems items, const Status& status);
+  void investigate(const DoubtPtr& doubt);
+  void end_backend(const DoubtPtr& doubt);
+  void look(const DoubtPtr& doubt);
+  void resolve(const DoubtPtr& doubt, const Rows& rows);
+  void doubt_later(const DoubtPtr& doubt);
+  void end_doubt(const DoubtPtr& doubt, StateItems done, StateItems again, StateItems unknown);
+
+  // state_purge.cc
+  void arm_purge();
+  void raise_floors(const PurgePtr& purge);
+  void await_writers(const PurgePtr& purge);
+  void remove_dead(const PurgePtr& purge);
+  void ask(const PurgePtr& purge, Call call, std::function<void(const Rows&)> then);
+  void after(Nanos pause, std::function<void()> then);
+  void end_purge(const PurgePtr& purge, const Status& status);
+
   PrefixBackend& backend_;
+  const Clock& clock_;
+  const StateSql sql_;
+  std::vector<std::unique_ptr<Lane>> lanes_;         // the last is that of batches
+  std::unordered_map<const void*, Queued> tickets_;  // of StateOp and StateBatch
+  // Operations that are in the store, by keys that share a slot: in the ordinary lanes and in the wide one.
+  std::array<std::uint32_t, kSlots> ordinary_{}, wide_{};
+  TripPtr held_;                           // of the wide lane: waits for keys that ordinary lanes still carry
+  std::uint64_t created_ = 0, found_ = 0;  // of the latest creations, decaying: which statement suits them
+  std::minstd_rand random_;
+  store::Stats stats_;
+  std::size_t trips_ = 0;
+  bool closing_ = false;
+  std::function<void()> closed_;
+  std::unique_ptr<asio::steady_timer> close_timer_, purge_timer_;  // behind pointers: leaked after fork
+  bool purge_armed_ = false;
+  std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
 };
 
 }  // namespace ratesync::postgres

@@ -1,0 +1,255 @@
+// The rounds of a trip: what is asked in one pipeline, and what becomes of refusals.
+#include "ratesync/postgres/state_trip.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <chrono>
+
+#include "ratesync/postgres/errors.h"
+#include "ratesync/postgres/state_stage.h"
+
+namespace ratesync::postgres {
+
+using store::StateOp;
+using Kind = StateStage::Kind;
+
+namespace {
+
+constexpr unsigned kAttempts = 12;
+constexpr unsigned kRaces = 20;
+constexpr unsigned kLongestPause = 5;  // as a power of two, in milliseconds
+// A connection is given back after so many trips, so that others get their turn.
+constexpr unsigned kTripsInARow = 16;
+constexpr std::size_t kRoundBytes = 16'000'000;
+
+Nanos deadline_of(const QueuedState& item) { return item.batch ? item.batch->deadline : item.op->deadline; }
+
+// In the order of their arrival, which is that of the batch that owns them.
+void sort_by_arrival(StateItems& items) { std::sort(items.begin(), items.end()); }
+
+}  // namespace
+
+void PgStateStore::begin_trip(Lane& lane, StateBatcher::Batch batch, PgPool::Lease connection,
+                              unsigned in_a_row) {
+  auto trip = std::make_shared<Trip>(lane, std::move(batch), std::move(connection));
+  trip->trips_in_a_row = in_a_row;
+  trip->pending.reserve(trip->batch.ops.size());
+  for (QueuedState& item : trip->batch.ops) {
+    tickets_.erase(item.batch ? static_cast<const void*>(item.batch) : item.op);
+    trip->pending.push_back(&item);
+  }
+  start_round(trip);
+}
+
+// In the wide lane: what has a key in common with something before it waits for the next round, and so it
+// does for what the ordinary lanes still carry of its keys.
+void PgStateStore::hold_back(Trip& trip) {
+  std::vector<bool> taken(kSlots, false);
+  StateItems now;
+  trip.held.clear();
+  for (QueuedState* item : trip.pending) {
+    const std::vector<std::size_t> slots = slots_of(*item);
+    const bool waits = std::any_of(slots.begin(), slots.end(),
+                                   [&](std::size_t slot) { return taken[slot] || ordinary_[slot] > 0; });
+    for (const std::size_t slot : slots) taken[slot] = true;
+    (waits ? trip.held : now).push_back(item);
+  }
+  trip.pending = std::move(now);
+}
+
+void PgStateStore::start_round(const TripPtr& trip) {
+  if (std::exchange(trip->pause, false)) return retry_later(trip);
+  trip->round = {};
+  const bool wide = &trip->lane == lanes_.back().get();
+  if (wide) {
+    hold_back(*trip);
+    if (trip->pending.empty() && !trip->held.empty()) {
+      trip->pending = std::exchange(trip->held, {});
+      if (trip->connection) backend_.pool().put(std::exchange(trip->connection, nullptr));
+      held_ = trip;  // until poke()
+      return;
+    }
+  }
+  if (trip->pending.empty()) return land(trip);
+  if (!trip->connection || !trip->connection->open()) {
+    trip->pending.insert(trip->pending.end(), trip->held.begin(), trip->held.end());
+    trip->held.clear();
+    sort_by_arrival(trip->pending);
+    return reconnect(trip);
+  }
+  trip->round = plan_state(trip->pending, kRoundBytes);
+  std::vector<Call> calls;
+  std::size_t asked = 0;
+  for (StateStage& stage : trip->round.stages) {
+    add_stage(sql_, stage, calls);
+    asked += stage.kind == Kind::decide ? stage.items.size() : stage.lines.size();
+  }
+  count(calls, std::max(asked, trip->pending.size() - trip->round.later.size()));
+  trip->sent = clock_.now();
+  trip->connection->run(std::move(calls), [this, trip, alive = alive_](PipelineResult result) {
+    if (*alive) answered(trip, std::move(result));
+  });
+}
+
+// An ordinary lane is through with a key.
+void PgStateStore::poke() {
+  const TripPtr trip = held_;
+  const bool still = std::all_of(trip->pending.begin(), trip->pending.end(), [this](const QueuedState* item) {
+    const std::vector<std::size_t> slots = slots_of(*item);
+    return std::any_of(slots.begin(), slots.end(), [this](std::size_t slot) { return ordinary_[slot] > 0; });
+  });
+  if (still) return;
+  held_ = nullptr;
+  reconnect(trip);
+}
+
+// --- answers ------------------------------------------------------------------------------------
+
+void PgStateStore::answered(const TripPtr& trip, PipelineResult result) {
+  const bool lost = result.status.code == Code::in_doubt;
+  if (!lost &&
+      std::none_of(result.parts.begin(), result.parts.end(), [](const auto& p) { return p.answered; }))
+    return not_sent(trip, result.status);
+  StateDealt dealt;
+  StateItems doubtful;
+  std::vector<StateStage> unanswered;
+  std::vector<std::pair<StateItems, Status>> failed;
+  for (std::size_t i = 0; i < trip->round.stages.size(); ++i) {
+    StateStage& stage = trip->round.stages[i];
+    if (i >= result.parts.size() || !result.parts[i].answered) {
+      const StateItems items = items_of(stage);
+      doubtful.insert(doubtful.end(), items.begin(), items.end());
+      unanswered.push_back(std::move(stage));
+    } else if (!result.parts[i].status.ok()) {
+      refused(*trip, stage, result.parts[i], dealt, failed);
+    } else {
+      const std::size_t before = dealt.again.size();
+      deal_stage(stage, *result.results[stage.first_call], dealt);
+      for (std::size_t at = before; at < dealt.again.size(); ++at) {
+        // Lost a race: for the row of a creation, which is there now. Or an increment did not work out.
+        QueuedState& item = *dealt.again[at];
+        ++stats_.conflicts;
+        if (stage.kind == Kind::create) item.seen = true;
+        if (stage.kind == Kind::add || stage.kind == Kind::add_renew) item.alone = true;
+        if (++item.races <= kRaces) continue;
+        failed.push_back(
+            {{&item},
+             Status::make(Code::server,
+                          fmt::format("the row changed {} times while it was decided on; is it being "
+                                      "deleted all the time?",
+                                      kRaces),
+                          "40001")});
+      }
+      std::erase_if(dealt.again, [](const QueuedState* item) { return item->races > kRaces; });
+    }
+  }
+  for (const QueuedState* item : dealt.done) {
+    if (!item->op || item->op->verb != StateOp::Verb::create) continue;
+    ++created_;
+    if (item->op->reply.outcome == store::StateReply::Outcome::exists) ++found_;
+    if (created_ >= 512) created_ /= 2, found_ /= 2;
+  }
+  // Their keys are free, and the next statement leaves before the callers of this one are told: server and
+  // client overlap. `trip` keeps the items alive.
+  for (const QueuedState* item : dealt.done) forget(*item);
+  trip->pending = std::move(dealt.again);
+  trip->pending.insert(trip->pending.end(), trip->round.later.begin(), trip->round.later.end());
+  trip->pending.insert(trip->pending.end(), trip->held.begin(), trip->held.end());
+  trip->held.clear();
+  sort_by_arrival(trip->pending);
+  if (!trip->pause) trip->pauses = 0;
+  if (lost) {
+    trip->round.stages = std::move(unanswered);
+    doubt(trip, std::move(doubtful), result.status);
+  } else {
+    trip->lost_connections = 0;
+    start_round(trip);
+  }
+  deliver(dealt.done);
+  for (const auto& [items, status] : failed) fail_all(items, status);
+}
+
+void PgStateStore::refused(Trip& trip, const StateStage& stage, const PipelineResult::Part& part,
+                           StateDealt& dealt, std::vector<std::pair<StateItems, Status>>& failed) {
+  StateItems items = items_of(stage);
+  const Status& status = part.status;
+  const bool passing = status.code == Code::unavailable || is_transient(status.sqlstate);
+  if (passing) {
+    ++stats_.conflicts;
+    trip.pause = true;
+    StateItems over;
+    for (QueuedState* item : items) {
+      const bool late = ++item->attempts > kAttempts || deadline_of(*item) <= clock_.now();
+      (late ? over : dealt.again).push_back(item);
+    }
+    items = std::move(over);
+  } else if (is_row_fault(status.sqlstate) && items.size() > 1) {
+    // Both halves travel in the next round; the bad row ends up alone.
+    const unsigned first = ++trip.cuts, second = ++trip.cuts;
+    const std::size_t middle = items.size() / 2;
+    for (std::size_t i = 0; i < items.size(); ++i) {
+      items[i]->cut = i < middle ? first : second;
+      dealt.again.push_back(items[i]);
+    }
+    return;
+  }
+  if (items.empty()) return;
+  PipelineResult told;
+  told.status = status;
+  told.server_message = part.server_message;
+  failed.emplace_back(std::move(items), backend_.explain(Facet::state, told));
+}
+
+// Certainly not executed: an idle connection had died.
+void PgStateStore::not_sent(const TripPtr& trip, const Status& status) {
+  trip->pending.insert(trip->pending.end(), trip->held.begin(), trip->held.end());
+  trip->held.clear();
+  sort_by_arrival(trip->pending);
+  if (status.code == Code::unavailable && ++trip->lost_connections <= 2) return reconnect(trip);
+  const StateItems items = std::exchange(trip->pending, {});
+  trip->round = {};
+  start_round(trip);
+  fail_all(items, status);
+}
+
+void PgStateStore::retry_later(const TripPtr& trip) {
+  const Nanos pause = kMilli * (1 << std::min(++trip->pauses, kLongestPause));
+  auto timer = std::make_shared<asio::steady_timer>(backend_.io());
+  timer->expires_after(
+      std::chrono::nanoseconds(pause / 2 + static_cast<Nanos>(random_() % static_cast<unsigned>(pause))));
+  timer->async_wait([this, trip, timer, alive = alive_](const asio::error_code&) {
+    if (*alive) start_round(trip);
+  });
+}
+
+void PgStateStore::reconnect(const TripPtr& trip) {
+  if (trip->connection) backend_.pool().put(std::exchange(trip->connection, nullptr));
+  backend_.pool().get([this, trip, alive = alive_](Result<PgPool::Lease> got) {
+    if (!*alive) return;
+    if (got.ok()) {
+      trip->connection = std::move(got.value());
+      return start_round(trip);
+    }
+    const StateItems items = std::exchange(trip->pending, {});
+    land(trip);
+    fail_all(items, got.status());
+  });
+}
+
+void PgStateStore::land(const TripPtr& trip) {
+  Lane& lane = trip->lane;
+  lane.batcher.finished(trip->batch.id);
+  if (trip->connection && trip->connection->open() && trip->trips_in_a_row < kTripsInARow) {
+    if (auto batch = lane.batcher.take())
+      return begin_trip(lane, std::move(*batch), std::exchange(trip->connection, nullptr),
+                        trip->trips_in_a_row + 1);
+  }
+  lane.busy = false;
+  --trips_;
+  if (trip->connection) backend_.pool().put(std::exchange(trip->connection, nullptr));
+  pump(lane);
+  maybe_closed();
+}
+
+}  // namespace ratesync::postgres
