@@ -109,6 +109,7 @@ PyObject* state_purge(PyObject* self, PyObject* const* args, Py_ssize_t nargs, P
 // state_values.cc: what comes in is checked before anything is sent; false with an exception set.
 bool check_name(PyObject* text, const char* field, std::size_t most);
 bool check_ttl(PyObject* value, bool keep_allowed, std::int64_t* out);
+bool check_lease(PyObject* value, std::int64_t* out);  // absent: stays as it was
 bool check_int64(PyObject* value, const char* field, std::int64_t least, const char* expected,
                  std::int64_t* out);
 bool check_due(PyObject* at, std::int64_t* out, bool* relative);

@@ -95,12 +95,7 @@ PyObject* state_claim_due(PyObject* self, PyObject* const* args, Py_ssize_t narg
   std::int64_t lease = 60'000;
   std::string kind;
   if (given[0] && !check_count(given[0], "limit", &limit)) return nullptr;
-  if (given[1] == Py_None) {
-    raise_invalid("a claim has an end: what its claimer does not do falls due again", "lease",
-                  "seconds above 0, or a timedelta", Py_None);
-    return nullptr;
-  }
-  if (given[1] && !check_ttl(given[1], false, &lease)) return nullptr;
+  if (!check_lease(given[1], &lease)) return nullptr;
   if (given[2] && given[2] != Py_None) {
     if (!check_name(given[2], "kind", kMaxName)) return nullptr;
     kind = utf8(given[2]);

@@ -108,6 +108,16 @@ bool check_ttl(PyObject* value, bool keep_allowed, std::int64_t* out) {
   return true;
 }
 
+bool check_lease(PyObject* value, std::int64_t* out) {
+  if (!value) return true;
+  double seconds = 0;
+  if (value == Py_None || !seconds_of(value, &seconds) || !(seconds > 0) || seconds > kMaxSeconds)
+    return raise_invalid("a lease has an end: what its claimer has not done by then falls due again", "lease",
+                         "seconds from 0.001 to 32000000000, or a timedelta", value);
+  *out = std::max<std::int64_t>(1, std::llround(seconds * 1e3));
+  return true;
+}
+
 bool check_int64(PyObject* value, const char* field, std::int64_t least, const char* expected,
                  std::int64_t* out) {
   if (!PyLong_Check(value) || PyBool_Check(value))
