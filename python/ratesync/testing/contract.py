@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 import pytest
 
 import ratesync
-from ratesync import Pending, RateLimiter, Store
+from ratesync import ConfigValidationError, Pending, RateLimiter, Store
 
-__all__ = ["SLOW", "Caller", "Contract", "MakeLimiter", "StoreContract", "eventually"]
+__all__ = ["SLOW", "Caller", "Contract", "MakeLimiter", "StoreContract", "eventually", "refused"]
 
 T = TypeVar("T")
 SLOW = 0.01  # units per second: the next one comes after 100 s, that is never
@@ -79,6 +79,17 @@ class Caller:
     def close(self) -> None:
         if self._runner is not None:
             self._runner.close()
+
+
+@contextlib.contextmanager
+def refused(argument: str) -> Iterator[None]:
+    """The block raises for this argument, before anything is sent, and says what would do."""
+    with pytest.raises((ConfigValidationError, TypeError)) as caught:
+        yield
+    error = caught.value
+    assert argument in f"{getattr(error, 'field', '')} {error}", f"{error!r} does not name {argument}"
+    if isinstance(error, ConfigValidationError):
+        assert isinstance(error, ValueError)
 
 
 async def eventually(condition: Callable[[], Awaitable[bool]], seconds: float = 10.0) -> None:
