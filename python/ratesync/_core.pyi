@@ -196,9 +196,6 @@ class State:
     def _finish(
         self, key: str, value: Any, version: int, ttl: Ttl | KeepType, kind: str | None
     ) -> Pending[tuple[bool, int]]: ...  # done, version found
-    def _scan(
-        self, kind: str | None, prefix: str, cursor: str, page_size: int
-    ) -> Pending[tuple[list[tuple[str, Any, int, int]], str]]: ...  # (key, value, version, ms) and cursor
     # A subclass may have `_renew(self) -> State`: in a forked child, what to stand on from now on.
 
 def set_hooks(

@@ -47,7 +47,8 @@ class StateCounterContract(StateSuite):
     ) -> None:
         call(state.set("n", value, ttl=100))
         before = call(state.get_versioned("n"))
-        for options in ({}, {"delta": 0}, {"ttl": 5, "renew": True}):
+        choices: list[dict[str, Any]] = [{}, {"delta": 0}, {"ttl": 5, "renew": True}]
+        for options in choices:
             with pytest.raises(NotAnIntegerError) as caught:
                 call(state.increment("n", **options))
             assert caught.value.key == "n"

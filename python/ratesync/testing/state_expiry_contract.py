@@ -40,7 +40,7 @@ class StateExpiryContract(StateSuite):
         for key in keys:
             call(state.set(key, 5, ttl=SOON, kind="short"))
         self.gone(state, *keys, kind="short")
-        short = {"kind": "short"}
+        short: dict[str, Any] = {"kind": "short"}
         assert call(state.get("get", **short)) is None
         assert call(state.touch("touch", 60, **short)) is False
         assert call(state.touch("touch", 60, expected=1, **short)) is False

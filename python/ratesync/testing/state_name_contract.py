@@ -103,9 +103,10 @@ class StateNameContract(StateSuite):
 
     @pytest.mark.parametrize("part", ["namespace", "tenant", "kind"])
     def test_hostile_namespaces_tenants_and_kinds_are_apart(
-        self, store: Store, call: Caller, part: str
+        self, store: Store, call: Caller, part: Any
     ) -> None:
-        states = [store.state(**{part: name}) for name in HOSTILE]
+        options: list[dict[str, Any]] = [{part: name} for name in HOSTILE]
+        states = [store.state(**each) for each in options]
         for number, state in enumerate(states):
             assert call(state.set("k", number)) == 1
         for number, state in enumerate(states):
