@@ -175,48 +175,78 @@ void Lanes::resolve(const TripPtr& trip) {
   trip->until = 0;
   for (const LaneItem& item : trip->aboard) trip->until = std::max(trip->until, host_.deadline(item));
   trip->until = std::min(trip->until, saturating_add(clock_.now(), kMostPatience));
+  doubtful_.push_back(trip);
+  if (doubtful_.size() == 1) arm_doubt();
   ask_receipt(trip);
 }
 
-void Lanes::ask_receipt(const TripPtr& trip) {
+void Lanes::arm_doubt() {
+  doubt_timer_->expires_after(std::chrono::nanoseconds(kAskAgain));
+  doubt_timer_->async_wait([this, alive = alive_](const asio::error_code&) {
+    if (!*alive) return;
+    for (const TripPtr& trip : std::vector<TripPtr>(doubtful_)) look_after(trip);
+    if (!doubtful_.empty()) arm_doubt();
+  });
+}
+
+// Now and then, while nobody knows: who has no time left is told.
+void Lanes::look_after(const TripPtr& trip) {
   const Nanos now = clock_.now();
   if (closing_ || now >= trip->until) {
+    end_doubt(*trip);
     lane_of(*trip).greeted = false;
     return settle(trip, doubt(backend_.commander().target(), "no answer before the deadline"));
   }
-  // Who has no time left is told. The others need its place in the answer.
+  std::vector<LaneItem> late;
   for (LaneItem& item : trip->aboard) {
     if (host_.deadline(item) > now) continue;
+    // The others need its place in the answer.
     auto [ghost, owner] = host_.ghost(item);
     trip->ghosts.push_back(std::move(owner));
-    if (trip->gate && !trip->gate->dead) bury(trip->gate);
-    host_.tell(std::exchange(item, ghost),
-               doubt(backend_.commander().target(), "no answer before the deadline"));
+    late.push_back(std::exchange(item, ghost));
   }
-  backend_.when_ready([this, trip, alive = alive_](const Status& status) {
-    if (!*alive) return;
-    if (!status.ok()) return ask_later(trip);
+  if (trip->gate && !late.empty() && !trip->gate->dead) bury(trip->gate);
+  if (!trip->asking) ask_receipt(trip);
+  for (const LaneItem& item : late)
+    host_.tell(item, doubt(backend_.commander().target(), "no answer before the deadline"));
+}
+
+void Lanes::end_doubt(Trip& trip) {
+  ++trip.question;
+  std::erase_if(doubtful_, [&trip](const TripPtr& each) { return each.get() == &trip; });
+}
+
+void Lanes::ask_receipt(const TripPtr& trip) {
+  trip->asking = true;
+  backend_.when_ready([this, trip, question = ++trip->question, alive = alive_](const Status& status) {
+    if (!*alive || trip->question != question) return;
+    if (!status.ok()) {
+      trip->asking = false;
+      return;
+    }
     const Lane& lane = lane_of(*trip);
     Command arguments("1");
     arguments.add(lane.receipt).add(lane.number).add(trip->number).add(trip->number + 1).add(kReceiptLife);
     backend_.commander().eval(recover_script(), lane.receipt, std::move(arguments),
                               std::min(trip->until, saturating_add(clock_.now(), options_.call_timeout)),
-                              [this, trip, alive](Result<Reply> reply) {
-                                if (*alive) told_receipt(trip, std::move(reply));
+                              [this, trip, question, alive](Result<Reply> reply) {
+                                if (*alive && trip->question == question)
+                                  told_receipt(trip, std::move(reply));
                               });
   });
 }
 
 void Lanes::told_receipt(const TripPtr& trip, Result<Reply> reply) {
+  trip->asking = false;
+  Lane& lane = lane_of(*trip);
   if (!reply.ok()) {
-    if (is_certain(reply.status()) || reply.status().code == Code::in_doubt) {
-      backend_.not_answered();
-      return ask_later(trip);
-    }
-    lane_of(*trip).greeted = false;
+    if (is_certain(reply.status()) || reply.status().code == Code::in_doubt)
+      return backend_.not_answered();  // asked again
+    end_doubt(*trip);
+    lane.greeted = false;
     return settle(trip, doubt(backend_.commander().target(), reply.status().message));
   }
-  Lane& lane = lane_of(*trip);
+  end_doubt(*trip);
   std::vector<Reply>& items = reply.value().items;
   const std::int64_t verdict = items.empty() ? -1 : items.front().integer;
   lane.used = clock_.now();
@@ -235,16 +265,6 @@ void Lanes::told_receipt(const TripPtr& trip, Result<Reply> reply) {
     lane.greeted = false;
   trip->looking = true;
   send(trip);
-}
-
-void Lanes::ask_later(const TripPtr& trip) {
-  retrying_.push_back(trip);
-  if (retrying_.size() > 1) return;
-  retry_timer_->expires_after(std::chrono::nanoseconds(kAskAgain));
-  retry_timer_->async_wait([this, alive = alive_](const asio::error_code&) {
-    if (!*alive) return;
-    for (const TripPtr& each : std::exchange(retrying_, {})) ask_receipt(each);
-  });
 }
 
 }  // namespace ratesync::redis

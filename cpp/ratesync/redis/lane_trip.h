@@ -34,7 +34,9 @@ struct Lanes::Trip {
   unsigned attempt = 1;
   unsigned refusals = 0;
   Nanos sent = 0;
-  Nanos until = 0;  // no question about the receipt after this
+  bool asking = false;    // about the receipt
+  unsigned question = 0;  // that counts; what others answer does not
+  Nanos until = 0;        // no question about the receipt after this
   std::vector<std::shared_ptr<void>> ghosts;
 };
 

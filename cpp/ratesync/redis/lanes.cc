@@ -10,6 +10,11 @@
 #include "ratesync/redis/lane_trip.h"
 
 namespace ratesync::redis {
+namespace {
+
+constexpr unsigned kMostAsking = 3;
+
+}  // namespace
 
 Command CallWriter::command(std::string_view key, std::initializer_list<std::int64_t> arguments) const {
   Command out(std::to_string(keys_.size()));
@@ -41,7 +46,7 @@ Lanes::Lanes(asio::io_context& io, const Clock& clock, LimitBackend& backend, La
       keys_(keys),
       options_(std::move(options)),
       timer_(std::make_unique<asio::steady_timer>(io)),
-      retry_timer_(std::make_unique<asio::steady_timer>(io)) {
+      doubt_timer_(std::make_unique<asio::steady_timer>(io)) {
   batchers_.push_back(
       std::make_unique<Batcher>(batch::BatcherOptions{options_.max_ops, options_.max_queue, 1}));
 }
@@ -154,8 +159,11 @@ void Lanes::pump() {
     return backend_.when_ready([this, alive = alive_](const Status& status) {
       if (!*alive) return;
       asking_ = false;
-      if (!status.ok()) return fail_queued(status);
-      pump();
+      // Lost again while it was looked at; of what waits, nothing was sent.
+      const bool again = status.code == Code::in_doubt && ++lost_while_asking_ < kMostAsking;
+      if (status.ok() || !again) lost_while_asking_ = 0;
+      if (status.ok() || again) return pump();
+      fail_queued(status.code == Code::in_doubt ? Status::make(Code::unavailable, status.message) : status);
     });
   }
   if (!built_) build();
@@ -314,7 +322,7 @@ void Lanes::finish(const TripPtr& trip) {
 void Lanes::close(Nanos patience, std::function<void()> done) {
   closing_ = true;
   closed_ = std::move(done);
-  retry_timer_->cancel();
+  doubt_timer_->cancel();
   std::vector<LaneItem> told;
   for (const auto& batcher : batchers_)
     for (const LaneItem& item : batcher->close()) told.push_back(item);
@@ -329,7 +337,7 @@ void Lanes::close(Nanos patience, std::function<void()> done) {
 void Lanes::maybe_closed() {
   if (!closing_ || trips_ > 0 || !closed_) return;
   timer_->cancel();
-  retry_timer_->cancel();
+  doubt_timer_->cancel();
   std::exchange(closed_, nullptr)();
 }
 

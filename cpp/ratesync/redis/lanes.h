@@ -124,7 +124,7 @@ class Lanes {
   bool cancel(const void* op);
   // Fails what is queued with Code::closed, and lets calls under way end, for `patience` at most.
   void close(Nanos patience, std::function<void()> done);
-  void abandon_after_fork() { (void)timer_.release(), (void)retry_timer_.release(); }
+  void abandon_after_fork() { (void)timer_.release(), (void)doubt_timer_.release(); }
   void fill(store::Stats& stats) const { stats.batched_ops += carried_; }
   [[nodiscard]] std::size_t queued() const;
 
@@ -171,7 +171,9 @@ class Lanes {
   void resolve(const TripPtr& trip);
   void ask_receipt(const TripPtr& trip);
   void told_receipt(const TripPtr& trip, Result<Reply> reply);
-  void ask_later(const TripPtr& trip);
+  void arm_doubt();
+  void look_after(const TripPtr& trip);
+  void end_doubt(Trip& trip);
   void settle(const TripPtr& trip, const Status& status);
   void settle(const TripPtr& trip, std::vector<Status> statuses);
   Lane& lane_of(const Trip& trip);
@@ -189,12 +191,13 @@ class Lanes {
   std::vector<std::size_t> dirty_;        // batchers that may have something to take
   std::unordered_map<const void*, Place> places_;
   std::unordered_map<const void*, std::unique_ptr<Gate>> gates_;
-  std::vector<TripPtr> retrying_;
+  std::vector<TripPtr> doubtful_;
   bool posted_ = false;
   bool asking_ = false;
+  unsigned lost_while_asking_ = 0;
   std::size_t trips_ = 0;
   std::uint64_t carried_ = 0;
-  std::unique_ptr<asio::steady_timer> timer_, retry_timer_;
+  std::unique_ptr<asio::steady_timer> timer_, doubt_timer_;
   bool closing_ = false;
   std::function<void()> closed_;
   std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
