@@ -18,6 +18,7 @@
 #include <utility>
 #include <vector>
 
+#include "inbox.h"
 #include "ratesync/engine/limit_service.h"
 #include "ratesync/engine/multi_service.h"
 
@@ -146,17 +147,6 @@ class SlowStore final : public store::Store, public store::LimitStore {
   std::function<void(const std::string&, store::HolderId)> lost;
   int released = 0;
   bool can_abandon = false;
-};
-
-// Where results arrive, and stay until forget().
-class Inbox final : public CompletionTarget {
- public:
-  void forget() {
-    for (Completion* task : std::exchange(arrived, {})) task->unref();
-  }
-  void deliver(Completion* completion) override { arrived.push_back(completion); }
-  bool has(const Completion* task) const { return std::count(arrived.begin(), arrived.end(), task) == 1; }
-  std::vector<Completion*> arrived;
 };
 
 template <class StoreType>

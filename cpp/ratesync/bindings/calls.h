@@ -34,14 +34,6 @@ class PendingCall {
   Start block_;
 };
 
-// Waits for a completion with the GIL released, in slices, so that Ctrl-C works. Null with an
-// exception set: interrupted, the operation was cancelled and what it granted given back.
-engine::Completion* wait_sync(engine::Engine& engine, engine::Completion* completion,
-                              const std::shared_ptr<engine::SyncTarget>& target, bool cancellable);
-
-// compiled.cc: the class decorator of that name. A new reference to the class, or null with an exception set.
-PyObject* compiled_class(PyObject* module, PyObject* cls);
-
 // A Pending that starts the permit's acquisition.
 PyObject* make_attempt(PyObject* permit, Mode mode);
 

@@ -176,6 +176,15 @@ PyObject* raise_status(const Status& status, const std::string& store_id);
 PyObject* raise_not_taken(const engine::Engine& engine, const std::string& store_id,
                           const std::string& closed);
 
+// calls.cc
+// Waits for a completion with the GIL released, in slices, so that Ctrl-C works. Null with an
+// exception set: interrupted, the operation was cancelled and what it granted given back.
+engine::Completion* wait_sync(engine::Engine& engine, engine::Completion* completion,
+                              const std::shared_ptr<engine::SyncTarget>& target, bool cancellable);
+
+// compiled.cc: the class decorator of that name. A new reference to the class, or null with an exception set.
+PyObject* compiled_class(PyObject* module, PyObject* cls);
+
 // loop.cc
 // Imports asyncio at the first use that needs it: half of the time of `import ratesync` otherwise.
 bool load_asyncio();

@@ -126,6 +126,10 @@ void state_dealloc(PyObject* object) {
 }  // namespace
 
 PyObject* raise_closed(const StateImpl& impl) {
+  if (impl.engine->running() && impl.service->closing())
+    return raise_status(
+        Status::make(Code::closed, "the store of this state was closed: configure the store again to go on"),
+        impl.store_id);
   return raise_not_taken(
       *impl.engine, impl.store_id,
       "this state belongs to an engine that was shut down: get it again with store.state()");

@@ -1,7 +1,7 @@
 // StateCall: one operation on state, from the call to its result.
 #include <array>
+#include <utility>
 
-#include "ratesync/bindings/calls.h"
 #include "ratesync/bindings/state.h"
 #include "ratesync/engine/op_ids.h"
 
@@ -96,7 +96,7 @@ StateImpl* use(StateCallObject* call) {
   }
   StateImpl* impl = live(call->state);
   if (!impl) return nullptr;
-  if (!impl->engine->running()) {
+  if (!impl->engine->running() || impl->service->closing()) {
     raise_closed(*impl);
     return nullptr;
   }
@@ -227,17 +227,21 @@ PyObject* call_iternext(PyObject* object) {
 PyObject* call_send_method(PyObject* object, PyObject*) { return call_iternext(object); }
 
 // Left before it began: nothing begins. Otherwise the waiter gives up for us.
-PyObject* call_throw(PyObject* object, PyObject* const* args, Py_ssize_t nargs) {
-  StateCallObject* call = self_of(object);
+void leave(StateCallObject* call) {
   call->used = true;
-  if (call->waiter) give_up(call->waiter);
+  WaiterObject* waiter = std::exchange(call->waiter, nullptr);
+  if (!waiter) return;
+  give_up(waiter);
+  Py_DECREF(reinterpret_cast<PyObject*>(waiter));
+}
+
+PyObject* call_throw(PyObject* object, PyObject* const* args, Py_ssize_t nargs) {
+  leave(self_of(object));
   return raise_thrown(args, nargs);
 }
 
 PyObject* call_close(PyObject* object, PyObject*) {
-  StateCallObject* call = self_of(object);
-  call->used = true;
-  if (call->waiter) give_up(call->waiter);
+  leave(self_of(object));
   Py_RETURN_NONE;
 }
 

@@ -30,12 +30,22 @@ PyObject* call_of(PyObject* self, PyObject* op) {
     raise_invalid("the calls of many() are single ones of the same state", "ops", "calls of this state", op);
     return nullptr;
   }
-  if (call->used) {
-    PyErr_SetString(PyExc_RuntimeError, "this call was made already: call the method again for a new one");
-    return nullptr;
-  }
-  call->used = true;
   return Py_NewRef(op);
+}
+
+// They belong to this call from now on.
+bool take_over(PyObject* parts) {
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(parts); ++i) {
+    auto* part = reinterpret_cast<StateCallObject*>(PyTuple_GET_ITEM(parts, i));
+    if (!part->used) {
+      part->used = true;
+      continue;
+    }
+    while (--i >= 0) reinterpret_cast<StateCallObject*>(PyTuple_GET_ITEM(parts, i))->used = false;
+    PyErr_SetString(PyExc_RuntimeError, "this call was made already: call the method again for a new one");
+    return false;
+  }
+  return true;
 }
 
 bool check_distinct(PyObject* parts, const StateImpl& impl) {
@@ -143,7 +153,7 @@ PyObject* state_many(PyObject* self, PyObject* const* args, Py_ssize_t nargs, Py
   Py_DECREF(ops);
   if (!parts) return nullptr;
   StateCallObject* call = nullptr;
-  if (!atomic || check_distinct(parts, *impl))
+  if ((!atomic || check_distinct(parts, *impl)) && take_over(parts))
     call = new_state_call(owner, store::StateOp::Verb::get, Shape::many);
   if (!call) {
     Py_DECREF(parts);

@@ -8,6 +8,8 @@
 #include <system_error>
 #include <utility>
 
+#include "ratesync/engine/state_service.h"
+
 namespace ratesync::engine {
 
 namespace {
@@ -16,6 +18,9 @@ namespace {
 constexpr auto kCloseBudget = std::chrono::milliseconds(1500);
 
 }  // namespace
+
+StoreEntry::StoreEntry() = default;
+StoreEntry::~StoreEntry() = default;
 
 void StoreEntry::shutdown_services() const {
   if (limits) limits->shutdown();

@@ -18,14 +18,20 @@
 
 #include "ratesync/engine/limit_service.h"
 #include "ratesync/engine/multi_service.h"
-#include "ratesync/engine/state_service.h"
 #include "ratesync/engine/store_factory.h"
 #include "ratesync/net/io_thread.h"
 
 namespace ratesync::engine {
 
+class StateServices;
+
 // A store and the services on top of it.
 struct StoreEntry {
+  StoreEntry();
+  ~StoreEntry();
+  StoreEntry(const StoreEntry&) = delete;
+  StoreEntry& operator=(const StoreEntry&) = delete;
+
   std::string id;
   std::string kind;
   std::unique_ptr<store::Store> store;

@@ -13,6 +13,7 @@
 // it; whoever reads the result does not look at the reply then, but at `failure`.
 #pragma once
 
+#include <atomic>
 #include <deque>
 #include <map>
 #include <memory>
@@ -131,13 +132,13 @@ class StateService final : public TimerNode {
   void fire() override;
 
   [[nodiscard]] store::StateStore& store() { return store_; }
-  [[nodiscard]] std::size_t in_store() const;  // for tests
+  [[nodiscard]] bool closing() const { return closing_.load(std::memory_order_relaxed); }  // any thread
+  [[nodiscard]] std::size_t in_store() const;                                              // for tests
 
  private:
   friend class StateTask;
   friend class StateManyTask;
 
-  [[nodiscard]] bool closing() const { return closing_; }
   void watch(InStore& what, Nanos deadline);
   void look_after(InStore& what, Nanos now);
   void arm(Nanos at);
@@ -149,7 +150,7 @@ class StateService final : public TimerNode {
   };
   Ring ring_;  // in order of submission
   Nanos armed_for_ = kForever;
-  bool closing_ = false;
+  std::atomic<bool> closing_{false};
 };
 
 // The services of a store, by prefix.
