@@ -32,6 +32,12 @@ class OverTheWire(
     """All but what is refused before anything is sent, and batches."""
 
 
+class TestPostgres(OverTheWire, StateBatchContract):
+    @pytest.fixture
+    def store_options(self, ratesync_postgres_url: str) -> dict[str, Any]:
+        return {"engine": "postgres", "url": ratesync_postgres_url, "auto_create": True}
+
+
 class TestRedis(OverTheWire, StateBatchContract):
     ordered_scan = False
 
