@@ -10,7 +10,7 @@
 #include <thread>
 #include <vector>
 
-#include "state_rig.h"
+#include "memory_state_rig.h"
 
 namespace ratesync::memory {
 namespace {

@@ -8,7 +8,7 @@
 #include <limits>
 #include <set>
 
-#include "state_rig.h"
+#include "memory_state_rig.h"
 
 namespace ratesync::memory {
 namespace {
@@ -328,6 +328,22 @@ TEST(MemoryStateScan, WhatIsThereAllTheTimeComesExactlyOnce) {
   } while (!cursor.empty());
   for (const std::string& name : steady) EXPECT_EQ(seen.count(name), 1u) << name;
   for (const std::string& name : seen) EXPECT_EQ(seen.count(name), 1u) << name;
+}
+
+TEST(MemoryStateScan, MoreKeysThanOneListHolds) {
+  StateRig rig;
+  std::vector<std::string> names;
+  std::uint32_t random = 1;
+  for (std::size_t i = 0; i < 3 * Scans::kKeys + 5; ++i) {
+    random = random * 1664525u + 1013904223u;
+    names.push_back("key" + std::to_string(random));  // a full cycle: no number comes twice
+    rig.create(names.back());
+  }
+  std::sort(names.begin(), names.end());
+  EXPECT_EQ(rig.keys("", 10'000), names);
+  EXPECT_EQ(rig.keys("", Scans::kKeys), names) << "a page as long as a list";
+  EXPECT_EQ(rig.keys("", 150'000), names);
+  EXPECT_EQ(rig.keys("", names.size()), names);
 }
 
 TEST(MemoryStateScan, ACursorOfSomethingElseDoesNoHarm) {

@@ -126,8 +126,10 @@ class alignas(64) RowTable {
 
   template <class F>
   void each(F&& f) const {
-    for (std::uint32_t i = 0; i < capacity(); ++i)
+    for (std::uint32_t i = 0; i < capacity(); ++i) {
+      __builtin_prefetch(slots_[(i + 8) & mask_].row);  // most likely cold
       if (slots_[i].row) f(*slots_[i].row);
+    }
   }
 
  private:

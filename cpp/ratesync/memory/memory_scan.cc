@@ -38,6 +38,18 @@ void Scans::drop(std::uint64_t id) {
   lists_.remove_if([id](const auto& list) { return list->id == id; });
 }
 
+void LowestKeys::cut() {
+  const auto last = list_.keys.begin() + static_cast<std::ptrdiff_t>(most_) - 1;
+  std::nth_element(list_.keys.begin(), last, list_.keys.end());
+  list_.keys.erase(last + 1, list_.keys.end());
+  list_.more = true;
+}
+
+void LowestKeys::sort() {
+  if (list_.keys.size() > most_) cut();
+  std::sort(list_.keys.begin(), list_.keys.end());
+}
+
 namespace {
 
 store::StateRow row_of(const Row& row) {
@@ -74,14 +86,15 @@ Result<store::StatePage> MemoryState::page(const store::Space& space, const std:
     auto fresh = std::make_shared<KeyList>();
     fresh->family = family->number;
     fresh->prefix = prefix;
+    LowestKeys lowest(*fresh, std::max(Scans::kKeys, page_size));
     for (std::uint32_t i = 0; i < kTables; ++i) {
       const std::lock_guard lock(tables_[i].lock);
       tables_[i].each([&](const Row& row) {
         if (row.family != family->number || !row.living(ms) || !row.key().starts_with(prefix)) return;
-        if (!from || row.key() > from->last) fresh->keys.emplace_back(row.key());
+        if (!from || row.key() > from->last) lowest.add(row.key());
       });
     }
-    std::sort(fresh->keys.begin(), fresh->keys.end());
+    lowest.sort();
     if (fresh->keys.size() > page_size) scans_.keep(fresh);
     list = std::move(fresh);
   }
@@ -93,9 +106,9 @@ Result<store::StatePage> MemoryState::page(const store::Space& space, const std:
     const Slot* slot = table.find(*family, *next, place.tag);
     if (slot && slot->row->living(ms)) out.rows.push_back(row_of(*slot->row));
   }
-  if (next == list->keys.end()) {
-    scans_.drop(list->id);
-  } else {
+  const bool walked = next == list->keys.end();
+  if (walked) scans_.drop(list->id);
+  if (!walked || list->more) {
     out.cursor = Cursor{list->id, *std::prev(next)}.text();
   }
   return out;

@@ -1,8 +1,10 @@
 // Scans under way: the keys that a scan saw when it began, in order.
 //
-// Tables have no order, so the first page of a scan collects the keys of its kind and sorts them; later pages
-// walk that list and look each key up. The list is only a short cut: a cursor holds the last key, too, and
-// where the list was dropped meanwhile (few are kept) the next page makes a new one from there.
+// Tables have no order, so the first page of a scan collects the lowest keys of its kind and sorts them;
+// later pages walk that list and look each key up. The list is only a short cut: a cursor holds the last key,
+// too, and where the list was walked to its end, or dropped meanwhile, the next page makes a new one from
+// there. A list is bounded, and so is their number: what abandoned scans leave, and the time that one page
+// takes.
 #pragma once
 
 #include <cstdint>
@@ -21,6 +23,26 @@ struct KeyList {
   std::uint32_t family = 0;
   std::string prefix;
   std::vector<std::string> keys;  // ascending by bytes
+  bool more = false;              // there were higher ones
+};
+
+// Takes keys in any order and keeps the `most` lowest.
+class LowestKeys {
+ public:
+  LowestKeys(KeyList& list, std::size_t most) : list_(list), most_(most) {}
+  void add(std::string_view key) {
+    if (list_.more && key > list_.keys[most_ - 1]) return;
+    list_.keys.emplace_back(key);
+    if (list_.keys.size() == 2 * most_) cut();
+  }
+  void sort();
+
+ private:
+  // Leaves the lowest, the last of them at its place.
+  void cut();
+
+  KeyList& list_;
+  const std::size_t most_;
 };
 
 struct Cursor {
@@ -33,6 +55,7 @@ struct Cursor {
 
 class Scans {
  public:
+  static constexpr std::size_t kKeys = 65'536;  // of one list
   // Null: dropped, or not of this scan.
   std::shared_ptr<const KeyList> find(std::uint64_t id, std::uint32_t family, std::string_view prefix);
   // Gives the list its id.
