@@ -19,6 +19,7 @@ import threading
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Iterator
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -29,12 +30,16 @@ from ratesync.testing import TcpProxy
 pytestmark = pytest.mark.timeout(60)
 
 
-@pytest.fixture(params=["redis"])
+@pytest.fixture(params=["redis", "postgres"])
 def proxy(request: pytest.FixtureRequest, ratesync_registry: object) -> Iterator[TcpProxy]:
     url = request.getfixturevalue(f"ratesync_{request.param}_url")
-    host, _, port = url.split("@")[-1].split("//")[-1].split("/")[0].partition(":")
-    with TcpProxy(host, int(port)) as proxy:
-        options = {"redis": {"socket_timeout": 20.0}}[request.param]
+    parts = urlsplit(url)
+    assert parts.hostname
+    assert parts.port
+    with TcpProxy(parts.hostname, parts.port) as proxy:
+        options: dict[str, object] = {"auto_create": True}
+        if request.param == "redis":
+            options = {"socket_timeout": 20.0}
         ratesync.configure_store("s", request.param, url=proxy.through(url), **options)
         yield proxy
         proxy.resume()

@@ -1,6 +1,6 @@
 """What crosses from Python to the core and back: calls, values, times, errors; and that nothing stays.
 
-On the embedded store a call is decided inside the await; on Redis it goes to the I/O thread and back. Both
+On the embedded store a call is decided inside the await; elsewhere it goes to the I/O thread and back. Both
 have to look the same.
 """
 
@@ -33,12 +33,15 @@ pytestmark = pytest.mark.timeout(60)
 MOST = 2**63 - 1
 
 
-@pytest.fixture(params=["memory", "redis"])
+@pytest.fixture(params=["memory", "redis", "postgres"])
 def store(request: pytest.FixtureRequest, ratesync_registry: object) -> ratesync.Store:
     if request.param == "memory":
         ratesync.configure_store("s", "memory")
-    else:
+    elif request.param == "redis":
         ratesync.configure_store("s", "redis", url=request.getfixturevalue("ratesync_redis_url"))
+    else:
+        url = request.getfixturevalue("ratesync_postgres_url")
+        ratesync.configure_store("s", "postgres", url=url, auto_create=True)
     return ratesync.get_store("s")
 
 
@@ -528,7 +531,7 @@ def test_the_embedded_store_needs_no_thread_and_no_turn_of_the_loop() -> None:
 
 
 async def test_a_hundred_thousand_calls_leave_no_memory(state: ratesync.State, store: ratesync.Store) -> None:
-    rounds = 100_000 if store.engine == "memory" else 10_000
+    rounds = {"memory": 100_000, "redis": 10_000, "postgres": 3_000}[store.engine]
 
     async def use(count: int) -> None:
         for n in range(count):
