@@ -3,8 +3,8 @@
 #include <chrono>
 #include <utility>
 
+#include "ratesync/postgres/binary_array.h"
 #include "ratesync/postgres/errors.h"
-#include "ratesync/postgres/limit_params.h"
 #include "ratesync/postgres/lock_trip.h"
 
 namespace ratesync::postgres {
@@ -15,6 +15,7 @@ using Outcome = store::LockReply::Outcome;
 namespace {
 
 constexpr unsigned kAttempts = 12;
+constexpr unsigned kReconnects = 8;    // while the server can be reached at all
 constexpr unsigned kLongestPause = 5;  // as a power of two, in milliseconds
 constexpr unsigned kLostRaces = 20;
 // After a lost answer: pauses between attempts to reach the server, and the end where there is no deadline.
@@ -55,7 +56,7 @@ void PgLockStore::start_round(const TripPtr& trip) {
 namespace {
 
 Call keep_call(const Statement& statement, const LockItems& keeps) {
-  ArrayWriter tokens, ttls, marks;
+  BinaryArray tokens(BinaryArray::Type::int8), ttls(BinaryArray::Type::int8), marks(BinaryArray::Type::int8);
   for (const LockItem* item : keeps) {
     const bool any = item->op->verb == LockOp::Verb::break_ && item->op->token == 0;
     tokens.add(any || item->op->token > 0 ? item->op->token : -1);
@@ -71,7 +72,7 @@ Call keep_call(const Statement& statement, const LockItems& keeps) {
 
 Call take_call(const Statement& statement, const LockItems& takes, const std::string& holder,
                const std::string& me) {
-  ArrayWriter ids, ttls;
+  BinaryArray ids(BinaryArray::Type::int8), ttls(BinaryArray::Type::int8);
   for (const LockItem* item : takes) {
     ids.add(item->op->id);
     ttls.add(item->op->ttl);
@@ -85,7 +86,7 @@ Call take_call(const Statement& statement, const LockItems& takes, const std::st
 }
 
 Call served_call(const Statement& statement, const LockItems& served, const std::string& me) {
-  ArrayWriter ids;
+  BinaryArray ids(BinaryArray::Type::int8);
   for (const LockItem* item : served) ids.add(item->op->id);
   Call call{&statement, lock_names(served)};
   call.params.push_back(ids.take());
@@ -250,9 +251,9 @@ void PgLockStore::failed(const TripPtr& trip, const PipelineResult& result) {
     return retry_later(trip, pause / 2 + static_cast<Nanos>(random_() % static_cast<unsigned>(pause)),
                        &PgLockStore::start_round);
   }
-  if (status.code == Code::unavailable && ++trip->attempt <= 2) {
+  if (status.code == Code::unavailable && ++trip->attempt <= kReconnects) {
     all_again();
-    return reconnect(trip);  // certainly not executed: an idle connection had died
+    return reconnect(trip);  // certainly not executed: an idle connection had died, or the backend was killed
   }
   if (status.code == Code::in_doubt || status.code == Code::timeout || status.code == Code::protocol) {
     doubt(asked);

@@ -3,7 +3,8 @@
 #include <algorithm>
 #include <charconv>
 #include <unordered_map>
-#include <unordered_set>
+
+#include "ratesync/postgres/binary_array.h"
 
 namespace ratesync::postgres {
 namespace {
@@ -91,16 +92,20 @@ LockRound plan_locks(const LockItems& pending, bool waiters) {
 }
 
 std::vector<Param> lock_names(const LockItems& items) {
-  std::vector<std::string_view> spaces, tenants, names;
+  BinaryArray spaces(BinaryArray::Type::text), tenants(BinaryArray::Type::text),
+      names(BinaryArray::Type::text);
   for (std::size_t i = 0; i < items.size(); ++i) {
     if (i > 0 && items[i]->row == items[i - 1]->row) continue;
     const LockName name = split_key(items[i]->key);
-    spaces.push_back(name.name_space);
-    tenants.push_back(name.tenant);
-    names.push_back(name.name);
+    spaces.add(name.name_space);
+    tenants.add(name.tenant);
+    names.add(name.name);
   }
-  return {Param::text(array_of_text(spaces)), Param::text(array_of_text(tenants)),
-          Param::text(array_of_text(names))};
+  std::vector<Param> params;
+  params.push_back(spaces.take());
+  params.push_back(tenants.take());
+  params.push_back(names.take());
+  return params;
 }
 
 bool read_freed(std::string_view payload, store::Space& space, std::string& name) {

@@ -6,7 +6,6 @@
 #include <chrono>
 #include <utility>
 
-#include "ratesync/postgres/limit_params.h"
 #include "ratesync/postgres/lock_trip.h"
 #include "ratesync/postgres/sql_text.h"
 
@@ -194,6 +193,8 @@ void PgLockStore::pump(Lane& lane) {
   ++trips_;
   backend_.when_ready(Facet::locks, [this, &lane, alive = alive_](Status status) {
     if (!*alive) return;
+    if (status.code == Code::in_doubt)
+      status.code = Code::unavailable;  // the look at the schema, nothing else
     if (!status.ok()) return take_off(lane, std::move(status));
     backend_.pool().get([this, &lane, alive](Result<PgPool::Lease> connection) {
       if (*alive) take_off(lane, std::move(connection));
