@@ -1,9 +1,9 @@
 """What tests of code that uses ratesync need: resets, a manual clock, real servers, faults on command.
 
 `reset_limiter`, `reset_all_limiters` and `reset_backend_store` bring limits back to their beginning.
-`ManualClock`, `PostgresServer`, `RedisServer`, `RedisCluster`, `RedisSentinel`, `TcpProxy` and
-`LimitContract` are loaded at first use. The pytest plugin (`ratesync.testing.plugin`, active wherever
-ratesync is installed) offers them as fixtures.
+`ManualClock`, `PostgresServer`, `PostgresPair`, `RedisServer`, `RedisCluster`, `RedisSentinel`,
+`TcpProxy` and `LimitContract` are loaded at first use. The pytest plugin (`ratesync.testing.plugin`, active
+wherever ratesync is installed) offers them as fixtures.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ratesync.testing.limit_contract import LimitContract
     from ratesync.testing.multi_contract import MultiLimitContract
     from ratesync.testing.postgres import PostgresServer
+    from ratesync.testing.postgres_pair import PostgresPair
     from ratesync.testing.proxy import TcpProxy
     from ratesync.testing.redis import RedisServer
     from ratesync.testing.redis_topology import RedisCluster, RedisSentinel
@@ -30,6 +31,7 @@ __all__ = [
     "LimitContract",
     "ManualClock",
     "MultiLimitContract",
+    "PostgresPair",
     "PostgresServer",
     "RedisCluster",
     "RedisSentinel",
@@ -45,6 +47,7 @@ _LAZY = {
     "LimitContract": "limit_contract",
     "ManualClock": "clock",
     "MultiLimitContract": "multi_contract",
+    "PostgresPair": "postgres_pair",
     "PostgresServer": "postgres",
     "RedisCluster": "redis_topology",
     "RedisSentinel": "redis_topology",

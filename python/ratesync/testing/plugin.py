@@ -17,6 +17,7 @@ import pytest
 if TYPE_CHECKING:
     from ratesync.testing.clock import ManualClock
     from ratesync.testing.postgres import ExternalPostgres, PostgresServer
+    from ratesync.testing.postgres_pair import PostgresPair
     from ratesync.testing.proxy import TcpProxy
     from ratesync.testing.redis import ExternalRedis, RedisServer
     from ratesync.testing.redis_topology import RedisCluster, RedisSentinel
@@ -89,6 +90,19 @@ def ratesync_postgres_url(
     ratesync_postgres_server.drop_database(url)
     if request.node.stash.get(_FAILED, False) and log:
         print(f"--- log of the PostgreSQL server\n{log}")
+
+
+@pytest.fixture
+def ratesync_postgres_pair(request: pytest.FixtureRequest) -> Iterator[PostgresPair]:
+    """A primary with a synchronous standby of this test's own; the logs are shown when the test fails."""
+    import ratesync
+    from ratesync.testing.postgres_pair import PostgresPair
+
+    with PostgresPair() as pair:
+        yield pair
+        ratesync.shutdown()
+        if request.node.stash.get(_FAILED, False):
+            print(pair.log())
 
 
 @pytest.fixture

@@ -227,6 +227,8 @@ class PostgresServer(ServerLog, _Databases):
         process, self._process = self._process, None
         if process is None:
             return
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGSTOP)  # no new backends while they are counted
         children = _children(process.pid)
         for pid in (process.pid, *children):
             with contextlib.suppress(ProcessLookupError):
