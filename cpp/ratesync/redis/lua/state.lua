@@ -36,6 +36,17 @@ local function floor_of(s, bucket)
   return tonumber(redis.call('HGET', s.floors, bucket) or 0)
 end
 
+-- Writing a number as text costs as much as a command; the same ones come again and again.
+local texts = {}
+local function text_of(number)
+  local known = texts[number]
+  if not known then
+    known = string.format('%.0f', number)
+    texts[number] = known
+  end
+  return known
+end
+
 local function expiry(ttl, running)
   if ttl == '-1' then return 0 end
   if ttl == '-2' then return running end
@@ -46,8 +57,8 @@ end
 local function index(s, row, was, expires)
   if expires == was then return end
   if expires > 0 then
-    redis.call('ZADD', s.expiring, expires, row)
-    redis.call('PEXPIREAT', row, expires + DAY)
+    redis.call('ZADD', s.expiring, text_of(expires), row)
+    redis.call('PEXPIREAT', row, text_of(expires + DAY))
   else
     redis.call('ZREM', s.expiring, row)
     redis.call('PERSIST', row)
@@ -55,7 +66,7 @@ local function index(s, row, was, expires)
 end
 local function put(s, row, was, version, expires, kind, removed, id, bucket, value)
   if dry then return true end
-  local m = string.format('%.0f %.0f %s %s %s %s', version, expires, kind, removed, id, bucket)
+  local m = text_of(version) .. ' ' .. text_of(expires) .. ' ' .. kind .. ' ' .. removed .. ' ' .. id .. ' ' .. bucket
   local done = redis.pcall('HSET', row, 'm', m, 'v', value)
   if type(done) == 'table' then
     answer_error(done.err)
@@ -82,7 +93,9 @@ end
 -- bucket, type, value, ttl, id, 1 if the row found is wanted
 function verbs.c()
   local s, row = take_shard(), take_key()
-  local bucket, kind, value, ttl, id, want = take_text(), take_text(), take_text(), take_text(), take_text(), take_text()
+  local a = argument
+  argument = a + 6
+  local bucket, kind, value, ttl, id, want = ARGV[a + 1], ARGV[a + 2], ARGV[a + 3], ARGV[a + 4], ARGV[a + 5], ARGV[a + 6]
   local version, found, was, its_kind, removed = parse(row, redis.pcall('HGET', row, 'm'))
   if version then
     if is_living(was, removed) then
@@ -101,7 +114,9 @@ end
 -- bucket, type, value, ttl, id
 function verbs.s()
   local s, row = take_shard(), take_key()
-  local bucket, kind, value, ttl, id = take_text(), take_text(), take_text(), take_text(), take_text()
+  local a = argument
+  argument = a + 5
+  local bucket, kind, value, ttl, id = ARGV[a + 1], ARGV[a + 2], ARGV[a + 3], ARGV[a + 4], ARGV[a + 5]
   local version, found, was, _, removed = parse(row, redis.pcall('HGET', row, 'm'))
   local running = 0
   if version then
@@ -118,8 +133,10 @@ end
 -- bucket, type, value, ttl, id, expected, 1 if the row found is wanted, 1 if an expired one counts
 function verbs.w()
   local s, row = take_shard(), take_key()
-  local bucket, kind, value, ttl, id = take_text(), take_text(), take_text(), take_text(), take_text()
-  local expected, want, revive = take_text(), take_text(), take_text()
+  local a = argument
+  argument = a + 8
+  local bucket, kind, value, ttl, id = ARGV[a + 1], ARGV[a + 2], ARGV[a + 3], ARGV[a + 4], ARGV[a + 5]
+  local expected, want, revive = ARGV[a + 6], ARGV[a + 7], ARGV[a + 8]
   local version, found, was, its_kind, removed = parse(row, redis.pcall('HGET', row, 'm'))
   if not version then
     if found then return answer_error(found) end
@@ -167,7 +184,9 @@ end
 -- bucket, delta, ttl, id, 1 if the ttl starts anew
 function verbs.i()
   local s, row = take_shard(), take_key()
-  local bucket, delta, ttl, id, renew = take_text(), take_text(), take_text(), take_text(), take_text()
+  local a = argument
+  argument = a + 5
+  local bucket, delta, ttl, id, renew = ARGV[a + 1], ARGV[a + 2], ARGV[a + 3], ARGV[a + 4], ARGV[a + 5]
   local all = redis.pcall('HMGET', row, 'm', 'v')
   local version, found, was, kind, removed = parse(row, all.err and all or all[1])
   local sum, expires = delta, nil
