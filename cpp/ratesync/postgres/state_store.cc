@@ -18,6 +18,7 @@ namespace {
 
 constexpr std::size_t kMaxBatch = 1'000;
 constexpr std::size_t kMaxQueue = 100'000;  // per lane
+constexpr std::size_t kEnough = 32;
 constexpr std::size_t kNameBytes = 255;
 constexpr std::size_t kKeyBytes = 1'024;
 
@@ -76,7 +77,7 @@ PgStateStore::PgStateStore(PrefixBackend& backend)
       random_(std::random_device{}()),
       close_timer_(std::make_unique<asio::steady_timer>(backend.io())),
       purge_timer_(std::make_unique<asio::steady_timer>(backend.io())) {
-  const std::size_t count = std::max<std::size_t>(backend.options().lanes, 1) + 1;
+  const std::size_t count = std::clamp<std::size_t>(backend.options().lanes, 1, 200) + 1;
   for (std::size_t i = 0; i < count; ++i)
     lanes_.push_back(std::make_unique<Lane>(batch::BatcherOptions{kMaxBatch, kMaxQueue, 1}));
 }
@@ -128,26 +129,37 @@ void PgStateStore::deliver(const StateItems& items) {
 void PgStateStore::push(QueuedState item) {
   if (closing_) return fail(item, Status::make(Code::closed, "the store was closed"));
   arm_purge();
-  Lane& lane = item.wide ? *lanes_.back() : *lanes_[item.bucket % (lanes_.size() - 1)];
+  Lane& lane = lane_for(item);
   const void* const op = item.batch ? static_cast<const void*>(item.batch) : item.op;
   const QueuedState copy = item;
   const Result<batch::Ticket> ticket = lane.batcher.push(std::move(item), 0);
   if (!ticket.ok()) return fail(item, ticket.status());  // refused: the item is still ours
-  for (const std::size_t slot : slots_of(copy)) ++(copy.wide ? wide_ : ordinary_)[slot];
+  each_slot(copy, [&](std::size_t slot) { ++(copy.wide ? wide_ : ordinary_)[slot]; });
   tickets_[op] = {&lane, ticket.value()};
   pump(lane);
 }
 
-std::vector<std::size_t> PgStateStore::slots_of(const QueuedState& item) {
-  if (!item.batch) return {item.bucket % kSlots};
-  std::vector<std::size_t> slots;
-  for (const StateOp* op : item.batch->ops)
-    slots.push_back(store::bucket_of(*op->space, op->kind, op->key) % kSlots);
-  return slots;
+PgStateStore::Lane& PgStateStore::lane_for(const QueuedState& item) {
+  if (item.wide) return *lanes_.back();
+  const std::size_t slot = item.bucket % kSlots, ordinary = lanes_.size() - 1;
+  if (ordinary_[slot] > 0) return *lanes_[lane_of_slot_[slot]];
+  // One that leaves next, until it has enough aboard to be worth it: then the next one, so that client and
+  // server work at the same time.
+  std::size_t best = 0;
+  for (std::size_t i = 0; i < ordinary; ++i) {
+    const Lane &one = *lanes_[i], &other = *lanes_[best];
+    if (!one.flying && one.batcher.queued() < kEnough) {
+      best = i;
+      break;
+    }
+    if (one.flying != other.flying ? other.flying : one.batcher.queued() < other.batcher.queued()) best = i;
+  }
+  lane_of_slot_[slot] = static_cast<std::uint8_t>(best);
+  return *lanes_[best];
 }
 
 void PgStateStore::forget(const QueuedState& item) {
-  for (const std::size_t slot : slots_of(item)) --(item.wide ? wide_ : ordinary_)[slot];
+  each_slot(item, [&](std::size_t slot) { --(item.wide ? wide_ : ordinary_)[slot]; });
   if (!item.wide && held_) poke();
 }
 

@@ -1,10 +1,10 @@
 // State in PostgreSQL: batches what arrives while a trip is under way, lets the server decide, and finds out
 // what became of a trip whose answer was lost. I/O thread only, but for the construction.
 //
-// A key has one lane, which carries its operations in their order. Batches touch keys of several lanes and
-// travel in a lane of their own: from then on operations of their keys follow them there, and a batch leaves
-// when the ordinary lanes are through with its keys. Whether a key is about is counted, not listed: a
-// collision of two keys only costs time.
+// While operations of a key are in the store they share a lane, which carries them in their order; a key that
+// is not about goes where it leaves soonest. Batches touch keys of several lanes and travel in a lane of
+// their own: from then on operations of their keys follow them there, and a batch leaves when the ordinary
+// lanes are through with its keys. Keys are counted, not listed: a collision of two only costs time.
 #pragma once
 
 #include <array>
@@ -55,7 +55,8 @@ class PgStateStore final : public store::StateStore {
   struct Lane {
     explicit Lane(const batch::BatcherOptions& options) : batcher(options) {}
     StateBatcher batcher;
-    bool busy = false;  // a trip is under way, or waits for its connection or for other lanes
+    bool busy = false;    // a trip is under way, or waits for its connection or for other lanes
+    bool flying = false;  // a trip is under way: what comes now waits for the next
   };
   struct Queued {
     Lane* lane;
@@ -67,6 +68,7 @@ class PgStateStore final : public store::StateStore {
 
   // state_store.cc
   void push(QueuedState item);
+  Lane& lane_for(const QueuedState& item);
   bool take_back(const void* op);
   void forget(const QueuedState& item);  // it is answered, or given back: its keys are free
   void fail(QueuedState& item, const Status& status);
@@ -82,7 +84,12 @@ class PgStateStore final : public store::StateStore {
   // state_trip.cc
   void begin_trip(Lane& lane, StateBatcher::Batch batch, PgPool::Lease connection, unsigned in_a_row);
   void start_round(const TripPtr& trip);
-  static std::vector<std::size_t> slots_of(const QueuedState& item);
+  template <class Visit>
+  static void each_slot(const QueuedState& item, Visit visit) {
+    if (item.op) return visit(item.bucket % kSlots);
+    for (const store::StateOp* op : item.batch->ops)
+      visit(store::bucket_of(*op->space, op->kind, op->key) % kSlots);
+  }
   void hold_back(Trip& trip);
   void poke();
   void answered(const TripPtr& trip, PipelineResult result);
@@ -120,6 +127,7 @@ class PgStateStore final : public store::StateStore {
   std::unordered_map<const void*, Queued> tickets_;  // of StateOp and StateBatch
   // Operations that are in the store, by keys that share a slot: in the ordinary lanes and in the wide one.
   std::array<std::uint32_t, kSlots> ordinary_{}, wide_{};
+  std::array<std::uint8_t, kSlots> lane_of_slot_{};  // where there are ordinary ones
   TripPtr held_;                           // of the wide lane: waits for keys that ordinary lanes still carry
   std::uint64_t created_ = 0, found_ = 0;  // of the latest creations, decaying: which statement suits them
   std::minstd_rand random_;

@@ -34,6 +34,7 @@ void PgStateStore::begin_trip(Lane& lane, StateBatcher::Batch batch, PgPool::Lea
                               unsigned in_a_row) {
   auto trip = std::make_shared<Trip>(lane, std::move(batch), std::move(connection));
   trip->trips_in_a_row = in_a_row;
+  lane.flying = true;
   trip->pending.reserve(trip->batch.ops.size());
   for (QueuedState& item : trip->batch.ops) {
     tickets_.erase(item.batch ? static_cast<const void*>(item.batch) : item.op);
@@ -49,10 +50,9 @@ void PgStateStore::hold_back(Trip& trip) {
   StateItems now;
   trip.held.clear();
   for (QueuedState* item : trip.pending) {
-    const std::vector<std::size_t> slots = slots_of(*item);
-    const bool waits = std::any_of(slots.begin(), slots.end(),
-                                   [&](std::size_t slot) { return taken[slot] || ordinary_[slot] > 0; });
-    for (const std::size_t slot : slots) taken[slot] = true;
+    bool waits = false;
+    each_slot(*item, [&](std::size_t slot) { waits = waits || taken[slot] || ordinary_[slot] > 0; });
+    each_slot(*item, [&](std::size_t slot) { taken[slot] = true; });
     (waits ? trip.held : now).push_back(item);
   }
   trip.pending = std::move(now);
@@ -96,8 +96,9 @@ void PgStateStore::start_round(const TripPtr& trip) {
 void PgStateStore::poke() {
   const TripPtr trip = held_;
   const bool still = std::all_of(trip->pending.begin(), trip->pending.end(), [this](const QueuedState* item) {
-    const std::vector<std::size_t> slots = slots_of(*item);
-    return std::any_of(slots.begin(), slots.end(), [this](std::size_t slot) { return ordinary_[slot] > 0; });
+    bool about = false;
+    each_slot(*item, [&](std::size_t slot) { about = about || ordinary_[slot] > 0; });
+    return about;
   });
   if (still) return;
   held_ = nullptr;
@@ -245,7 +246,7 @@ void PgStateStore::land(const TripPtr& trip) {
       return begin_trip(lane, std::move(*batch), std::exchange(trip->connection, nullptr),
                         trip->trips_in_a_row + 1);
   }
-  lane.busy = false;
+  lane.busy = lane.flying = false;
   --trips_;
   if (trip->connection) backend_.pool().put(std::exchange(trip->connection, nullptr));
   pump(lane);
