@@ -46,9 +46,17 @@ class Store:
     def migrate(self, dry_run: bool) -> Pending[list[dict[str, Any]]]: ...  # number, name, sql, applied
     def migrate_state(self, prefix: str, dry_run: bool) -> Pending[list[dict[str, Any]]]: ...
     def doctor(self) -> Pending[list[dict[str, str]]]: ...  # level ("ok"|"warning"|"error"), subject, message
-    def list(self, limit: int) -> Pending[dict[str, Any]]: ...  # groups, holders, truncated
+    # namespace, tenant, name, token, holder, held_for, expires_in (seconds), waiters (processes)
+    def locks(self, prefix: str, limit: int) -> Pending[list[dict[str, Any]]]: ...
+    # token 0: whoever holds it; True: it was held until now
+    def break_lock(
+        self, prefix: str, namespace: str, tenant: str, name: str, token: int
+    ) -> Pending[bool]: ...
+    def migrate_state(self, prefix: str, dry_run: bool) -> Pending[list[dict[str, Any]]]: ...  # as migrate()
     def stats(self) -> Pending[dict[str, int]]: ...
     def close(self) -> Pending[None]: ...
+    # Last: behind it, `list` is no type any more.
+    def list(self, limit: int) -> Pending[dict[str, Any]]: ...  # groups, holders, truncated
 
 class Limiter:
     """Base of `ratesync.RateLimiter`: the hot path."""
@@ -196,7 +204,67 @@ class State:
     def _finish(
         self, key: str, value: Any, version: int, ttl: Ttl | KeepType, kind: str | None
     ) -> Pending[tuple[bool, int]]: ...  # done, version found
+    def _keep(
+        self, key: str, version: int, ttl: Ttl, kind: str | None, age: float = 0.0, /
+    ) -> Kept: ...  # touched at a third of the ttl; age: seconds since the row was asked for
     # A subclass may have `_renew(self) -> State`: in a forked child, what to stand on from now on.
+
+@final
+class Kept:
+    """A row of the state that is kept alive for its writer, until stop() or until it is collected."""
+
+    @property
+    def lost(self) -> bool: ...
+    def stop(self) -> None: ...
+    def lost_signal(self) -> Pending[bool]: ...  # True: lost, False: stopped
+
+class Lock:
+    """Base of `ratesync.Lock`: the hot path."""
+
+    def __init__(
+        self,
+        store: Store,
+        prefix: str,
+        namespace: str,
+        tenant: str,
+        name: str,
+        *,
+        ttl: float | timedelta = 30.0,
+        timeout: float | None = None,
+        auto_renew: bool = True,
+    ) -> None: ...
+    @property
+    def name(self) -> str: ...
+    # What is not given is as the lock was made; None: somebody else held it until the timeout.
+    def acquire(
+        self, ttl: float | timedelta = ..., timeout: float | None = ..., auto_renew: bool = ...
+    ) -> Pending[Lease | None]: ...
+    # Not in time: LockTimeoutError. Left without an exception, but lost meanwhile: LockLostError.
+    async def __aenter__(self) -> Lease: ...
+    async def __aexit__(self, *exc: object) -> None: ...
+    def __enter__(self) -> Lease: ...
+    def __exit__(self, *exc: object) -> None: ...
+    # A subclass may have `_renew(self) -> Lock`: in a forked child, what to stand on from now on.
+
+@final
+class Lease:
+    """A lock that is held, until it is released or lost."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def token(self) -> int: ...
+    @property
+    def lost(self) -> bool: ...
+    @property
+    def held(self) -> bool: ...
+    @property
+    def remaining(self) -> float: ...  # seconds, by this machine's clock
+    @property
+    def ttl(self) -> float: ...
+    def extend(self, ttl: float | timedelta, /) -> Pending[None]: ...  # LockLostError
+    def release(self) -> Pending[bool]: ...  # whether it was held until now
+    def lost_signal(self) -> Pending[bool]: ...  # True: lost, False: released
 
 def set_hooks(
     *,
@@ -211,6 +279,9 @@ def set_hooks(
     rolled_back: Callable[[list[Any]], BaseException] | None = None,  # outcomes of many(atomic=True)
     versioned: Callable[[Any, int, int], Any] | None = None,  # value, version, ms since 1970 or 0: never
     due: Callable[[str, str, int, int], Any] | None = None,  # key, kind, ms since 1970, claim
+    lock_timeout: Callable[[str, float, str | None, float | None], BaseException]
+    | None = None,  # name, timeout, holder, its remaining seconds
+    lock_lost: Callable[[str, int], BaseException] | None = None,  # name, token
 ) -> None: ...
 def bound_limiters() -> dict[str, Limiter]: ...  # the live name table that acquire() looks in first
 def forked() -> bool: ...  # whether this process was forked since the module was loaded

@@ -121,6 +121,8 @@ def install(resolve: Callable[[str], Limiter | tuple[Limiter, str]]) -> None:
         stale_error=errors.StaleVersionError,
         counter_error=errors.from_counter,
         rolled_back=errors.RolledBackError,
+        lock_timeout=errors.LockTimeoutError,
+        lock_lost=errors.LockLostError,
     )
     _core.set_hooks(**_hooks)
 

@@ -7,11 +7,14 @@
 
 namespace ratesync::bindings {
 
+struct LockHome;  // locks.h
+
 // A store of an engine, as Python holds it.
 struct PyStore {
   std::shared_ptr<engine::Engine> engine;
   engine::StoreEntry* entry = nullptr;
   unsigned generation = 0;
+  mutable std::vector<std::shared_ptr<const LockHome>> lock_homes = {};  // spaces seen so far
 };
 
 // One call that has not started yet: awaiting or wait() starts it.

@@ -11,6 +11,7 @@ PyObject* to_python(const store::Listing& listing);
 PyObject* to_python(const store::Stats& stats);
 PyObject* to_python(const std::vector<store::MigrationStep>& steps);
 PyObject* to_python(const std::vector<store::Finding>& findings);
+PyObject* to_python(const std::vector<store::LockInfo>& locks);  // locks.cc
 PyObject* counters_dict(const LimiterImpl& impl);
 PyObject* make_pending(PendingCall::Start begin, PendingCall::Start block);
 

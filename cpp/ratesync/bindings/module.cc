@@ -7,6 +7,7 @@
 #include <set>
 
 #include "ratesync/bindings/convert.h"
+#include "ratesync/bindings/locks.h"
 #include "ratesync/bindings/state.h"
 
 namespace py = pybind11;
@@ -134,6 +135,33 @@ void bind_store(py::module_& module) {
             });
           },
           "limit"_a)
+      .def(
+          "locks",
+          [](const PyStore& s, const py::str& prefix, std::int64_t limit) {
+            require_same_process(s.generation);
+            const auto most = static_cast<std::size_t>(std::max<std::int64_t>(0, limit));
+            return steal_or_throw(list_locks(s, prefix.ptr(), most));
+          },
+          "prefix"_a, "limit"_a)
+      .def(
+          "break_lock",
+          [](const PyStore& s, const py::str& prefix, const py::str& name_space, const py::str& tenant,
+             const py::str& name, std::int64_t token) {
+            require_same_process(s.generation);
+            const LockHomeRef home = lock_home(s, prefix.ptr(), name_space.ptr(), tenant.ptr());
+            if (!home) throw py::error_already_set();
+            return steal_or_throw(break_lock(home, name.ptr(), token));
+          },
+          "prefix"_a, "namespace"_a, "tenant"_a, "name"_a, "token"_a)
+      .def(
+          "migrate_state",
+          [](const PyStore& s, const std::string& prefix, bool dry_run) {
+            auto* store = s.entry->store.get();
+            return store_call<std::vector<store::MigrationStep>>(s, [store, prefix, dry_run](auto done) {
+              store->migrate_state(prefix, dry_run, std::move(done));
+            });
+          },
+          "prefix"_a, "dry_run"_a)
       .def("stats",
            [](const PyStore& s) {
              auto* store = s.entry->store.get();
@@ -141,10 +169,8 @@ void bind_store(py::module_& module) {
            })
       .def("close", [](const PyStore& s) {
         auto* entry = s.entry;
-        return store_call<store::Unit>(s, [entry](auto done) {
-          entry->shutdown_services();
-          entry->store->close([done] { done(store::Unit{}); });
-        });
+        return store_call<store::Unit>(s,
+                                       [entry](auto done) { entry->close([done] { done(store::Unit{}); }); });
       });
 }
 
@@ -337,7 +363,7 @@ PYBIND11_MODULE(_core, module) {
 #endif
   ModuleState& s = state();
   if (!init_waiter_type(module.ptr()) || !init_permit_type(module.ptr()) ||
-      !init_limiter_type(module.ptr()) || !init_state_type(module.ptr()))
+      !init_limiter_type(module.ptr()) || !init_state_type(module.ptr()) || !init_lock_type(module.ptr()))
     throw py::error_already_set();
   s.bound = PyDict_New();
 
@@ -376,7 +402,7 @@ PYBIND11_MODULE(_core, module) {
       [](const py::object& resolve, const py::object& status_error, const py::object& denied_error,
          const py::object& invalid_error, const py::object& log, const py::object& stale_error,
          const py::object& counter_error, const py::object& rolled_back, const py::object& versioned,
-         const py::object& due) {
+         const py::object& due, const py::object& lock_timeout, const py::object& lock_lost) {
         set_hook(state().resolve, resolve);
         set_hook(state().status_error, status_error);
         set_hook(state().denied_error, denied_error);
@@ -387,10 +413,13 @@ PYBIND11_MODULE(_core, module) {
         set_hook(state().rolled_back, rolled_back);
         set_hook(state().versioned, versioned);
         set_hook(state().due, due);
+        set_hook(state().lock_timeout, lock_timeout);
+        set_hook(state().lock_lost, lock_lost);
       },
       py::kw_only(), "resolve"_a, "status_error"_a, "denied_error"_a, "invalid_error"_a, "log"_a,
       "stale_error"_a = py::none(), "counter_error"_a = py::none(), "rolled_back"_a = py::none(),
-      "versioned"_a = py::none(), "due"_a = py::none());
+      "versioned"_a = py::none(), "due"_a = py::none(), "lock_timeout"_a = py::none(),
+      "lock_lost"_a = py::none());
 
   // Two steps: the generation at once (any fork, also by C code), the descriptors when Python says so.
   pthread_atfork(nullptr, nullptr, [] { g_generation.fetch_add(1); });

@@ -30,6 +30,9 @@ struct ModuleState {
   PyTypeObject* ready_type = nullptr;
   PyTypeObject* state_type = nullptr;
   PyTypeObject* state_call_type = nullptr;
+  PyTypeObject* lock_type = nullptr;
+  PyTypeObject* lease_type = nullptr;
+  PyTypeObject* kept_type = nullptr;
   PyObject* keep = nullptr;        // KEEP: the running expiry stays
   PyObject* ready_none = nullptr;  // awaitables that are done, shared
   PyObject* ready_true = nullptr;
@@ -45,6 +48,8 @@ struct ModuleState {
   PyObject* rolled_back = nullptr;
   PyObject* versioned = nullptr;
   PyObject* due = nullptr;
+  PyObject* lock_timeout = nullptr;  // of locks
+  PyObject* lock_lost = nullptr;
   PyObject* get_running_loop = nullptr;  // of asyncio, once load_asyncio() was needed
   PyObject* current_task = nullptr;
   PyObject* cancelled_error = nullptr;

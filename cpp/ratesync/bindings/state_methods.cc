@@ -3,6 +3,7 @@
 #include <string_view>
 #include <utility>
 
+#include "ratesync/bindings/locks.h"
 #include "ratesync/bindings/state.h"
 
 namespace ratesync::bindings {
@@ -223,6 +224,8 @@ PyMethodDef kStateMethods[] = {
      "claim_due($self, /, limit=100, lease=60, *, kind=None)\n--\n\n"},
     {"purge", fast(state_purge), kFast, "purge($self, /, limit=10000)\n--\n\n"},
     {"initialize", state_initialize, METH_NOARGS, "initialize($self, /)\n--\n\n"},
+    {"_keep", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(state_keep)), METH_FASTCALL,
+     "_keep(key, version, ttl, kind, age=0.0): Kept, renewed until stop()"},
     {"_scan", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(state_scan)), METH_FASTCALL,
      "Pending[([(key, value, version, ms since 1970 or 0)], cursor, empty at the end)]"},
     {nullptr, nullptr, 0, nullptr},

@@ -1,5 +1,6 @@
 // Waiter: what a task awaits while the engine works. See objects.h.
 #include "ratesync/bindings/objects.h"
+#include "ratesync/engine/lock_service.h"
 
 namespace ratesync::bindings {
 
@@ -426,6 +427,10 @@ void give_back(engine::Engine& engine, engine::Completion* completion) {
       if (part->granted)
         engine.submit(engine::GiveBack{
             part->limiter, part->group, part->cost, part->charged, {part->at, part->stamp}, part->permit});
+    return;
+  }
+  if (auto* lock = dynamic_cast<engine::LockAcquire*>(completion)) {
+    if (lock->lease) engine.submit(engine::Run{[lease = lock->lease] { lease->service.let_go(lease); }});
     return;
   }
   auto* task = dynamic_cast<engine::AcquireTask*>(completion);

@@ -8,6 +8,7 @@
 #include <system_error>
 #include <utility>
 
+#include "ratesync/engine/lock_service.h"
 #include "ratesync/engine/state_service.h"
 
 namespace ratesync::engine {
@@ -22,9 +23,11 @@ constexpr auto kCloseBudget = std::chrono::milliseconds(1500);
 StoreEntry::StoreEntry() = default;
 StoreEntry::~StoreEntry() = default;
 
-void StoreEntry::shutdown_services() const {
+void StoreEntry::close(const std::function<void()>& done) const {
   if (limits) limits->shutdown();
   states->shutdown();
+  // Releases travel while the store is open, and the store waits for nobody.
+  locks->shutdown([this, done] { store->close(done); });
 }
 
 Engine::Engine(bool manual_clock)
@@ -32,13 +35,15 @@ Engine::Engine(bool manual_clock)
       clock_(manual_clock),
       io_(std::make_unique<net::IoThread>()),
       timers_(std::make_unique<Timers>(io_->context(), clock_)),
-      multi_(std::make_unique<MultiService>(*timers_)) {}
+      multi_(std::make_unique<MultiService>(*timers_)),
+      keeper_(std::make_unique<Keeper>(*timers_, std::random_device{}())) {}
 
 Engine::~Engine() {
   if (forked()) {
     // The thread does not exist here and its locks may be held for ever: leak all of it.
     for (auto& entry : stores_) (void)entry.release();
     (void)multi_.release();
+    (void)keeper_.release();
     (void)timers_.release();
     (void)io_.release();
     return;
@@ -62,6 +67,9 @@ Result<StoreEntry*> Engine::add_store(const std::string& id, const std::string& 
     entry->limits->serve(multi_.get());
   }
   entry->states = std::make_unique<StateServices>(*entry->store, *timers_);
+  entry->locks =
+      std::make_unique<LockServices>(*entry->store, *keeper_, *timers_,
+                                     [this](std::function<void()> work) { submit(Run{std::move(work)}); });
   const std::lock_guard lock(submit_mutex_);
   stores_.push_back(std::move(entry));
   return stores_.back().get();
@@ -131,12 +139,12 @@ void Engine::shutdown() {
   std::future<void> done = closing->all_closed.get_future();
   io_->post([this, closing] {
     drain();  // what was submitted before the end is still answered
-    for (auto& entry : stores_) entry->shutdown_services();
+    keeper_->shutdown();
     closing->left = stores_.size() + 1;
     const auto one_less = [closing] {
       if (--closing->left == 0) closing->all_closed.set_value();
     };
-    for (auto& entry : stores_) entry->store->close(one_less);
+    for (auto& entry : stores_) entry->close(one_less);
     one_less();
   });
   (void)done.wait_for(kCloseBudget);

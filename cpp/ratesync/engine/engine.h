@@ -23,6 +23,8 @@
 
 namespace ratesync::engine {
 
+class Keeper;
+class LockServices;
 class StateServices;
 
 // A store and the services on top of it.
@@ -37,8 +39,9 @@ struct StoreEntry {
   std::unique_ptr<store::Store> store;
   std::unique_ptr<LimitService> limits;
   std::unique_ptr<StateServices> states;
-  // I/O thread: answers everything under way with Code::closed.
-  void shutdown_services() const;
+  std::unique_ptr<LockServices> locks;
+  // I/O thread: answers everything under way with Code::closed, gives held locks back and closes the store.
+  void close(const std::function<void()>& done) const;
 };
 
 // What may be put on the I/O thread's queue.
@@ -91,6 +94,7 @@ class Engine {
 
   [[nodiscard]] const Clock& clock() const { return clock_; }
   [[nodiscard]] MultiService& multi() { return *multi_; }
+  [[nodiscard]] Keeper& keeper() { return *keeper_; }
   [[nodiscard]] bool running() const { return !closed_; }
   // True in a child of the process that made this engine.
   [[nodiscard]] bool forked() const;
@@ -107,6 +111,7 @@ class Engine {
   std::unique_ptr<net::IoThread> io_;
   std::unique_ptr<Timers> timers_;
   std::unique_ptr<MultiService> multi_;
+  std::unique_ptr<Keeper> keeper_;
   std::vector<std::unique_ptr<StoreEntry>> stores_;  // grows under submit_mutex_, entries are stable
   std::mutex submit_mutex_;                          // guards queue_, started_, closed_, stores_
   std::vector<Submission> queue_;
