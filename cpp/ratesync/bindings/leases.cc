@@ -96,11 +96,7 @@ PyObject* lease_extend(PyObject* object, PyObject* ttl) {
   LeaseObject* self = self_of(object);
   if (!self->home->ours()) return raise_of_parent(self);
   std::int64_t ttl_ms = 0;
-  if (ttl == Py_None) {
-    raise_invalid("a lease needs a time to live", "ttl", "seconds above 0, or a timedelta", ttl);
-    return nullptr;
-  }
-  if (!check_ttl(ttl, false, &ttl_ms)) return nullptr;
+  if (!check_lease_ttl(ttl, &ttl_ms)) return nullptr;
   const LockHomeRef& home = self->home;
   return make_task_call({home->engine, home->store_id, object, finish_extend, false,
                          [self, ttl_ms] { return new Extension(self->lease, ttl_ms); },

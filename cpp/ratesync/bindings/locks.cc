@@ -26,17 +26,10 @@ LockObject* self_of(PyObject* object) { return reinterpret_cast<LockObject*>(obj
 PyObject* object_of(LockObject* lock) { return reinterpret_cast<PyObject*>(lock); }
 PyObject* object_of(LeaseObject* lease) { return reinterpret_cast<PyObject*>(lease); }
 
-bool check_lock_ttl(PyObject* value, std::int64_t* out) {
-  if (value == Py_None)
-    return raise_invalid("a lock needs a time to live, after which others may take it if its holder is gone",
-                         "ttl", "seconds above 0, or a timedelta", value);
-  return check_ttl(value, false, out);
-}
-
 // What of `terms` is given. False with an exception set.
 bool read_terms(PyObject* ttl, PyObject* timeout, PyObject* auto_renew, LockTerms* terms) {
   bool ok = true;
-  if (ttl && !check_lock_ttl(ttl, &terms->ttl_ms)) return false;
+  if (ttl && !check_lease_ttl(ttl, &terms->ttl_ms)) return false;
   if (timeout) terms->timeout = parse_timeout(timeout, kForever, &ok);
   if (!ok) return false;
   if (auto_renew) {
@@ -383,6 +376,13 @@ engine::LockService* service_of(const PyStore& store, PyObject* prefix) {
 
 }  // namespace
 
+bool check_lease_ttl(PyObject* value, std::int64_t* out) {
+  if (value != Py_None && check_ttl(value, false, out)) return true;
+  PyErr_Clear();
+  return raise_invalid("a lease needs a time to live, after which others may have it if its holder is gone",
+                       "ttl", "seconds above 0 and up to 1000 years, or a timedelta", value);
+}
+
 LockHomeRef lock_home(const PyStore& store, PyObject* prefix, PyObject* name_space, PyObject* tenant) {
   if (!check_name(name_space, "namespace", kMaxName) || !check_name(tenant, "tenant", kMaxName))
     return nullptr;
@@ -441,9 +441,8 @@ PyObject* to_python(const std::vector<store::LockInfo>& locks) {
 PyObject* list_locks(const PyStore& store, PyObject* prefix, std::size_t limit) {
   engine::LockService* service = service_of(store, prefix);
   if (!service) return nullptr;
-  return make_call<std::vector<store::LockInfo>>(store.engine, store.entry->id, [service, limit](auto done) {
-    service->store().list(nullptr, limit, std::move(done));
-  });
+  return make_call<std::vector<store::LockInfo>>(
+      store.engine, store.entry->id, [service, limit](auto done) { service->list(limit, std::move(done)); });
 }
 
 bool init_lock_type(PyObject* module) {

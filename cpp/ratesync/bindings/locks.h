@@ -90,6 +90,7 @@ PyObject* make_ready(PyObject* result);
 
 // locks.cc
 bool init_lock_type(PyObject* module);
+bool check_lease_ttl(PyObject* value, std::int64_t* out);  // false with an exception set
 LockHomeRef lock_home(const PyStore& store, PyObject* prefix, PyObject* name_space, PyObject* tenant);
 PyObject* break_lock(const LockHomeRef& home, PyObject* name, std::int64_t token);
 PyObject* list_locks(const PyStore& store, PyObject* prefix, std::size_t limit);

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <utility>
-#include <vector>
 
 namespace ratesync::engine {
 
@@ -67,8 +66,24 @@ Nanos Keeper::jittered(Nanos base) {
   return static_cast<Nanos>(part * static_cast<double>(base));
 }
 
+// The caller has a reference of its own.
+void Keeper::unlink(Kept& kept) {
+  if (!kept.kept_) return;
+  (kept.previous_ ? kept.previous_->after_ : first_) = kept.after_;
+  if (kept.after_) kept.after_->previous_ = kept.previous_;
+  kept.previous_ = kept.after_ = nullptr;
+  kept.kept_.reset();
+  --count_;
+}
+
 void Keeper::keep(const KeptRef& kept, Nanos sent) {
-  kept_.insert(kept);
+  if (!kept->kept_) {
+    kept->kept_ = kept;
+    kept->after_ = first_;
+    if (first_) first_->previous_ = kept.get();
+    first_ = kept.get();
+    ++count_;
+  }
   if (kept->auto_renew() && !kept->local())
     kept->next_ = saturating_add(sent, jittered(from_ms(kept->ttl_ms()) / 3));
   arm(*kept);
@@ -169,13 +184,10 @@ bool Keeper::end(const KeptRef& kept) {
 }
 
 void Keeper::tell(Kept& kept) {
-  if (std::exchange(kept.told_, true)) {
-    kept_.erase(kept.shared_from_this());
-    return;
-  }
   const KeptRef self = kept.shared_from_this();
+  unlink(kept);
+  if (std::exchange(kept.told_, true)) return;
   timers_.cancel(kept);
-  kept_.erase(self);
   const bool lost = kept.fate(timers_.now()) == Kept::Fate::lost;
   std::list<LossSignal*> signals;
   signals.swap(kept.signals_);
@@ -224,8 +236,9 @@ void Keeper::unwatch(LossSignal* signal) {
 
 void Keeper::shutdown() {
   closing_ = true;
-  const std::vector<KeptRef> all(kept_.begin(), kept_.end());
-  for (const KeptRef& kept : all) {
+  while (first_) {
+    const KeptRef kept = first_->kept_;
+    unlink(*kept);
     timers_.cancel(*kept);
     kept->next_ = kForever;
     std::list<LossSignal*> signals;
@@ -236,7 +249,6 @@ void Keeper::shutdown() {
       signal->target->deliver(signal);
     }
   }
-  kept_.clear();
 }
 
 }  // namespace ratesync::engine

@@ -21,7 +21,6 @@
 #include <memory>
 #include <random>
 #include <string>
-#include <unordered_set>
 
 #include "ratesync/base/status.h"
 #include "ratesync/engine/completion.h"
@@ -82,6 +81,9 @@ class Kept : public TimerNode, public std::enable_shared_from_this<Kept> {
   std::int64_t asked_ms_ = 0;
   int failures_ = 0;
   std::shared_ptr<Kept> answering_;  // itself, while a renewal is under way
+  std::shared_ptr<Kept> kept_;       // itself, while the Keeper cares for it: then it is in its list
+  Kept* previous_ = nullptr;
+  Kept* after_ = nullptr;
   std::deque<Extension*> extensions_;
   bool extending_ = false;  // the renewal under way is that of extensions_.front()
   std::list<LossSignal*> signals_;
@@ -149,19 +151,21 @@ class Keeper {
   void shutdown();
 
   [[nodiscard]] Timers& timers() { return timers_; }
-  [[nodiscard]] std::size_t kept() const { return kept_.size(); }
+  [[nodiscard]] std::size_t kept() const { return count_; }
 
  private:
   friend class Kept;
 
   void due(Kept& kept);
+  void unlink(Kept& kept);
   void arm(Kept& kept);
   void send(Kept& kept, std::int64_t ttl_ms);
   void send_next(Kept& kept);
   Nanos jittered(Nanos base);
 
   Timers& timers_;
-  std::unordered_set<KeptRef> kept_;
+  Kept* first_ = nullptr;
+  std::size_t count_ = 0;
   bool closing_ = false;
   std::minstd_rand random_;
 };

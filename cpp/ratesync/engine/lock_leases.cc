@@ -73,13 +73,28 @@ HeldLockRef LockService::make_lease(const store::SpaceRef& space, const std::str
   auto lease = std::make_shared<HeldLock>(*this, space, name, token, ttl_ms, auto_renew,
                                           unending ? kForever : end_of(sent, runs_ms));
   if (shared_) {
-    held_.insert(lease);
+    list_held(*lease);
     keeper_.keep(lease, sent);
   } else {
     const std::lock_guard lock(local_mutex_);
     local_[token] = lease;
   }
   return lease;
+}
+
+void LockService::list_held(HeldLock& lease) {
+  lease.listed_ = lease.shared_from_this();
+  lease.after_ = held_;
+  if (held_) held_->previous_ = &lease;
+  held_ = &lease;
+}
+
+void LockService::unlist_held(HeldLock& lease) {
+  const KeptRef self = std::move(lease.listed_);
+  if (!self) return;
+  (lease.previous_ ? lease.previous_->after_ : held_) = lease.after_;
+  if (lease.after_) lease.after_->previous_ = lease.previous_;
+  lease.previous_ = lease.after_ = nullptr;
 }
 
 // --- giving back ----------------------------------------------------------------------------------
@@ -91,7 +106,7 @@ void LockRelease::done() { lease->service.answered(this); }
 void LockService::release(LockRelease* task) {
   const HeldLockRef lease = task->lease;
   if (keeper_.end(lease)) lease->held_until_released_ = true;
-  held_.erase(lease);
+  unlist_held(*lease);
   if (lease->answered) {
     if (task->alone_) return task->unref();
     return task->target->deliver(task);
@@ -144,7 +159,7 @@ void LockService::let_go(const HeldLockRef& lease) {
 void LockService::drop(const HeldLockRef& lease) {
   if (!shared_) return drop_now(lease);
   keeper_.end(lease);
-  held_.erase(lease);
+  unlist_held(*lease);
   lost(*lease);
 }
 
@@ -167,7 +182,7 @@ void LockService::handed_back(const HeldLockRef& lease) {
 // Without being asked to: broken, or over.
 void LockService::lost(HeldLock& lease) {
   Name* name = find(key_of(*lease.space, lease.name));
-  held_.erase(std::static_pointer_cast<HeldLock>(lease.shared_from_this()));
+  unlist_held(lease);
   if (!name || name->holder.lock().get() != &lease) return;
   name->holder.reset();
   ask_first(name->key);
@@ -209,6 +224,25 @@ void LockService::broken(LockBreak* task) {
       keeper_.tell(*lease);
   }
   task->target->deliver(task);
+}
+
+void LockService::list(std::size_t limit, store::Callback<std::vector<store::LockInfo>> done) {
+  if (shared_) return store_.list(nullptr, limit, std::move(done));
+  store_.list(nullptr, limit, [this, done = std::move(done)](Result<std::vector<store::LockInfo>> found) {
+    // Renewed without end: as if the last renewal was just now.
+    std::vector<HeldLockRef> seen;
+    if (found.ok()) {
+      const std::lock_guard lock(local_mutex_);
+      for (store::LockInfo& info : found.value()) {
+        if (known_remaining(info.expires_in) != 0) continue;
+        const auto lease = local_.find(info.token);
+        if (lease == local_.end()) continue;
+        seen.push_back(lease->second.lock());
+        if (seen.back()) info.expires_in = seen.back()->ttl_ms();
+      }
+    }
+    done(std::move(found));
+  });
 }
 
 // --- on the calling thread: stores of this process ------------------------------------------------

@@ -134,11 +134,12 @@ void LockService::ask(LockAcquire* task) {
   task->state_ = LockAcquire::State::asking;
   task->sent_ = now;
   task->queued = task->until > now;
-  task->deadline = std::max(task->until, saturating_add(now, kAnswerTime));
+  if (task->patience_ == 0) task->patience_ = std::max(task->until, saturating_add(now, kAnswerTime));
+  task->deadline = std::max(task->patience_, saturating_add(now, kPollMin));
   task->reply = {};
   task->at_->freed = false;
   timers_.cancel(*task->at_);
-  if (task->until != kForever) timers_.arm(*task, task->refused_ ? task->until : task->deadline);
+  if (task->until != kForever) timers_.arm(*task, task->refused_ ? task->until : task->patience_);
   ++in_store_;
   store_.submit(task);
 }
@@ -376,8 +377,7 @@ void LockService::shutdown(std::function<void()> done) {
     task->status = shut_down();
     cancel(task, Outcome::failed);
   }
-  const std::vector<HeldLockRef> held(held_.begin(), held_.end());
-  for (const HeldLockRef& lease : held) let_go(lease);
+  while (held_) let_go(std::static_pointer_cast<HeldLock>(held_->shared_from_this()));
   farewell();
 }
 

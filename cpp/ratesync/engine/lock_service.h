@@ -32,7 +32,6 @@
 #include <random>
 #include <string>
 #include <unordered_map>
-#include <unordered_set>
 
 #include "ratesync/base/spin_lock.h"
 #include "ratesync/engine/keeper.h"
@@ -72,6 +71,9 @@ class HeldLock final : public Kept {
   };
   friend class LockService;
   std::unique_ptr<Renewal> renewal_;  // made at the first use
+  HeldLock* previous_ = nullptr;      // among those of the service; I/O thread
+  HeldLock* after_ = nullptr;
+  std::shared_ptr<Kept> listed_;      // itself
   bool held_until_released_ = false;  // I/O thread: it was held when the first release was asked for
 };
 using HeldLockRef = std::shared_ptr<HeldLock>;
@@ -112,6 +114,7 @@ class LockAcquire final : public Acquisition, public store::LockOp, public Timer
   int doubts_ = 0;         // answers lost in a row
   Nanos first_doubt_ = 0;
   Nanos sent_ = 0;
+  Nanos patience_ = 0;      // until when the first answer is waited for
   LockName* at_ = nullptr;  // while it is in a line, asking or not
   std::list<LockAcquire*>::iterator place_;
 };
@@ -186,6 +189,8 @@ class LockService {
   // Renews it no more: it ends by itself.
   void drop(const HeldLockRef& lease);
   void broken(LockBreak* task);
+  // Of all spaces, by name.
+  void list(std::size_t limit, store::Callback<std::vector<store::LockInfo>> done);
   // Everything under way is answered with Code::closed; held locks are given back, then `done`.
   void shutdown(std::function<void()> done);
 
@@ -243,6 +248,8 @@ class LockService {
   HeldLockRef make_lease(const store::SpaceRef& space, const std::string& name, std::int64_t token,
                          std::int64_t ttl_ms, bool auto_renew, Nanos sent, std::int64_t runs_ms);
   void forget_local(const HeldLock& lease);
+  void list_held(HeldLock& lease);
+  void unlist_held(HeldLock& lease);
   void tell_later(const HeldLockRef& lease);
   Nanos jittered(Nanos base);
 
@@ -252,7 +259,7 @@ class LockService {
   const bool shared_;
   const std::function<void(std::function<void()>)> post_;
   std::unordered_map<std::string, std::unique_ptr<Name>> names_;
-  std::unordered_set<HeldLockRef> held_;  // to be given back at the end
+  HeldLock* held_ = nullptr;  // all of them: to be given back at the end
   std::list<std::pair<std::string, bool>> to_ask_;
   bool asking_ = false;
   std::atomic<std::size_t> waiting_{0};

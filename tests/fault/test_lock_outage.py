@@ -1,0 +1,109 @@
+"""Locks on PostgreSQL when answers stay away: what was sent comes back, what is held is lost in time.
+
+A proxy holds answers back, so that a question has been sent and decided when its caller goes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from ratesync._core import Lock
+from ratesync._engine import Engine
+from ratesync.errors import StoreError
+
+pytestmark = pytest.mark.timeout(60)
+
+
+class Remote:
+    """Two engines on PostgreSQL, one of them through a proxy."""
+
+    def __init__(self, url: str, proxied: str) -> None:
+        self.engines = [Engine(), Engine()]
+        options = {"auto_create": True, "connect_timeout": 2.0}
+        self.direct = self.engines[0].add_store("direct", "postgres", {"url": url, **options})
+        self.proxied = self.engines[1].add_store("proxied", "postgres", {"url": proxied, **options})
+
+    async def migrate(self) -> None:
+        await self.direct.migrate_state("acteon_", False)
+
+    def lock(self, store: object, name: str = "a", **options: object) -> Lock:
+        return Lock(store, "acteon_", "default", "default", name, **options)
+
+
+@pytest.fixture
+async def remote(ratesync_postgres_url, ratesync_proxy) -> AsyncIterator[Remote]:
+    remote = Remote(ratesync_postgres_url, ratesync_proxy.through(ratesync_postgres_url))
+    await remote.migrate()
+    yield remote
+    ratesync_proxy.resume()
+    for engine in remote.engines:
+        await asyncio.to_thread(engine.shutdown)
+
+
+async def test_sent_and_cancelled_the_lock_comes_back(remote: Remote, ratesync_proxy) -> None:
+    async with remote.lock(remote.proxied):
+        pass  # connected
+    for _ in range(5):
+        ratesync_proxy.stall("replies")
+        task = asyncio.create_task(remote.lock(remote.proxied, ttl=30).__aenter__())
+        while not (await remote.direct.locks("acteon_", 10)):  # it has been decided
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        ratesync_proxy.resume()
+        lease = await remote.lock(remote.direct, timeout=20).acquire()
+        assert lease is not None, "the cancelled one keeps it"
+        await lease.release()
+
+
+async def test_a_silent_server_ends_in_an_error_and_it_recovers(remote: Remote, ratesync_proxy) -> None:
+    async with remote.lock(remote.proxied):
+        pass
+    ratesync_proxy.stall()
+    start = asyncio.get_running_loop().time()
+    with pytest.raises(StoreError):
+        await remote.lock(remote.proxied, timeout=0.5).acquire()
+    assert asyncio.get_running_loop().time() - start < 15
+    ratesync_proxy.resume()
+    lease = await remote.lock(remote.proxied, timeout=30).acquire()
+    assert lease is not None
+    assert lease.held
+    assert await lease.release()
+
+
+async def test_released_in_one_process_it_is_had_in_the_other(remote: Remote) -> None:
+    tokens: list[int] = []
+
+    async def work(store: object) -> None:
+        for _ in range(10):
+            async with remote.lock(store, timeout=60) as lease:
+                tokens.append(lease.token)
+
+    await asyncio.gather(*(work(store) for store in (remote.direct, remote.proxied) for _ in range(4)))
+    assert tokens == sorted(tokens)
+    assert len(set(tokens)) == 80
+
+
+async def test_a_lease_is_kept_while_python_is_busy_and_lost_when_the_server_is_gone(
+    remote: Remote, ratesync_proxy
+) -> None:
+    lease = await remote.lock(remote.proxied, ttl=1.5).acquire()
+    end = asyncio.get_running_loop().time() + 4
+    while asyncio.get_running_loop().time() < end:
+        sum(range(10_000))  # no turn of the loop
+    assert lease.held
+    assert await remote.lock(remote.direct).acquire(timeout=0) is None
+    signal = asyncio.ensure_future(lease.lost_signal())
+    ratesync_proxy.cut()
+    ratesync_proxy.refuse_new()
+    assert await asyncio.wait_for(signal, 20) is True
+    assert lease.lost
+    assert lease.remaining == 0
+    heir = await remote.lock(remote.direct, timeout=20).acquire()
+    assert heir is not None
+    assert heir.token > lease.token
+    await heir.release()
