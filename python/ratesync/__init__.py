@@ -12,9 +12,9 @@ Limits are configured in `rate-sync.toml` or with `configure_store` and `configu
 
 from typing import TYPE_CHECKING
 
-from ratesync._engine import Permit, acquire, shutdown
+from ratesync._engine import Lease, Permit, acquire, shutdown
 from ratesync._pending import Pending
-from ratesync._states import configure_state, state
+from ratesync._states import configure_state, idempotent, lock, state, try_lock
 from ratesync._version import __version__
 from ratesync.errors import (
     AcquireTimeoutError,
@@ -72,7 +72,7 @@ from ratesync.registry import (
 from ratesync.stores import Store
 
 if TYPE_CHECKING:
-    from ratesync import ops, testing
+    from ratesync import fencing, ops, testing
     from ratesync._legacy import configure_rate_limiter, get_rate_limiter, initialize_rate_limiter
     from ratesync.checks import check_limiter, check_multi_limiters
     from ratesync.composite import CompositeLimitCheck, CompositeRateLimiter, StrategyType
@@ -80,6 +80,8 @@ if TYPE_CHECKING:
     from ratesync.engines.memory import MemoryRateLimiter
     from ratesync.engines.postgres import PostgresRateLimiter
     from ratesync.engines.redis import RedisRateLimiter
+    from ratesync.idempotency import Idempotent, Operation
+    from ratesync.locks import Lock
     from ratesync.schemas import MultiLimiterResult, RateLimitResult
     from ratesync.states import Due, State, Versioned
 
@@ -93,18 +95,22 @@ __all__ = [
     "Due",
     "IdempotencyError",
     "IdempotencyMismatchError",
+    "Idempotent",
     "InDoubtError",
     "InternalError",
+    "Lease",
     "LeaseLostError",
     "LimiterNotFoundError",
     "LimiterReadOnlyConfig",
     "LimiterState",
+    "Lock",
     "LockError",
     "LockLostError",
     "LockTimeoutError",
     "MemoryRateLimiter",
     "MultiLimiterResult",
     "NotAnIntegerError",
+    "Operation",
     "OperationCancelledError",
     "OperationFailedError",
     "OperationInProgressError",
@@ -146,24 +152,28 @@ __all__ = [
     "configure_rate_limiter",
     "configure_state",
     "configure_store",
+    "fencing",
     "get_fastapi_config",
     "get_limiter",
     "get_or_clone_limiter",
     "get_rate_limiter",
     "get_store",
     "hash_identifier",
+    "idempotent",
     "initialize_all_limiters",
     "initialize_limiter",
     "initialize_rate_limiter",
     "list_limiters",
     "list_stores",
     "load_config",
+    "lock",
     "ops",
     "rate_limited",
     "shutdown",
     "state",
     "testing",
     "try_acquire",
+    "try_lock",
 ]
 
 
@@ -172,8 +182,11 @@ _LAZY = {
     "CompositeLimitCheck": "composite",
     "CompositeRateLimiter": "composite",
     "Due": "states",
+    "Idempotent": "idempotency",
+    "Lock": "locks",
     "MemoryRateLimiter": "engines.memory",
     "MultiLimiterResult": "schemas",
+    "Operation": "idempotency",
     "PostgresRateLimiter": "engines.postgres",
     "RateLimitResult": "schemas",
     "RedisRateLimiter": "engines.redis",
@@ -186,6 +199,7 @@ _LAZY = {
     "get_rate_limiter": "_legacy",
     "initialize_rate_limiter": "_legacy",
     "rate_limited": "decorators",
+    "fencing": "fencing",
     "ops": "ops",
     "testing": "testing",
 }

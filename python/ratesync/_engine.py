@@ -22,6 +22,8 @@ from ratesync._core import (
     KEEP,
     Engine,
     KeepType,
+    Kept,
+    Lease,
     Limiter,
     Permit,
     acquire,
@@ -30,6 +32,7 @@ from ratesync._core import (
     bound_limiters,
     compiled,
 )
+from ratesync._core import Lock as CoreLock
 from ratesync._core import Pending as CorePending
 from ratesync._core import State as CoreState
 from ratesync._core import Store as CoreStore
@@ -38,11 +41,14 @@ __all__ = [
     "HAS_POSTGRES",
     "HAS_REDIS",
     "KEEP",
+    "CoreLock",
     "CorePending",
     "CoreState",
     "CoreStore",
     "Engine",
     "KeepType",
+    "Kept",
+    "Lease",
     "Limiter",
     "Permit",
     "acquire",

@@ -405,7 +405,7 @@ class OperationFailedError(IdempotencyError):
         self.reason = reason
         super().__init__(
             f"the operation {key!r} failed before and the failure is kept: {reason}: use a new key, or "
-            "forget it with forget_idempotent()"
+            "forget it: idempotent(key).forget()"
         )
 
 

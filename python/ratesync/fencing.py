@@ -62,8 +62,8 @@ def guard_sql(
         ConfigValidationError: a name that PostgreSQL cannot have.
 
     Example:
-        >>> print(guard_sql("invoices", column="fence").splitlines()[0])
-        CREATE OR REPLACE FUNCTION "public"."ratesync_fence_39a1d9bc" () RETURNS trigger
+        >>> STALE_TOKEN in guard_sql("invoices", column="fence")
+        True
     """
     names = _Names(table, schema, column, scope)
     parts = []

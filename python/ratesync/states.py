@@ -73,8 +73,8 @@ class State(CoreState):
         key: 1 to 1024 bytes of UTF-8 without NUL; no character has a special meaning.
         kind: what the key is of, for example `dedup`, `group`, `chain` (1 to 255 bytes); keys of different
             kinds never meet. None: that of this object.
-        ttl: seconds (int, float or timedelta) above 0, to the millisecond; less than one is one. None:
-            never expires.
+        ttl: seconds (int, float or timedelta) above 0, to the millisecond; less than one is one; up to
+            1000 years. None: never expires.
 
     Every method returns a `Pending`: await it, or `.wait()` for it in a plain thread. All of them raise
     ConfigValidationError for an argument that is not acceptable, before anything is sent; and StoreError,
@@ -335,7 +335,7 @@ class State(CoreState):
             >>> import ratesync
             >>> state = ratesync.state()
             >>> state.schedule("order-42", timedelta(seconds=-1), kind="reminder").wait()
-            >>> [due.key for due in state.claim_due(kind="reminder").wait()]  # doctest: +SKIP
+            >>> [due.key for due in state.claim_due(kind="reminder").wait()]
             ['order-42']
         """
         raise NotImplementedError
@@ -371,10 +371,10 @@ class State(CoreState):
             >>> import ratesync
             >>> state = ratesync.state()
             >>> state.schedule("job-1", 0).wait()
-            >>> (due,) = state.claim_due(lease=30).wait()  # doctest: +SKIP
-            >>> state.claim_due().wait()  # doctest: +SKIP
+            >>> (due,) = state.claim_due(lease=30).wait()
+            >>> state.claim_due().wait()
             []
-            >>> state.unschedule(due.key, claim=due.claim).wait()  # doctest: +SKIP
+            >>> state.unschedule(due.key, claim=due.claim).wait()
             True
         """
         raise NotImplementedError
@@ -399,7 +399,7 @@ class State(CoreState):
             >>> import ratesync
             >>> from ratesync import ops
             >>> state = ratesync.state()
-            >>> state.many([ops.set("a", "1"), ops.increment("n", 5), ops.get("b")]).wait()  # doctest: +SKIP
+            >>> state.many([ops.set("a", "1"), ops.increment("n", 5), ops.get("b")]).wait()
             [1, 5, None]
         """
         raise NotImplementedError
@@ -439,8 +439,8 @@ class State(CoreState):
             >>> import ratesync
             >>> from ratesync import ops
             >>> state = ratesync.state(tenant="acme")
-            >>> _ = state.many([ops.set("a1", "x"), ops.set("b", "z")]).wait()  # doctest: +SKIP
-            >>> list(state.scan(prefix="a"))  # doctest: +SKIP
+            >>> _ = state.many([ops.set("a1", "x"), ops.set("b", "z")]).wait()
+            >>> list(state.scan(prefix="a"))
             [('a1', 'x')]
         """
         return Scan(self, kind, prefix, page_size)

@@ -19,11 +19,15 @@ from ratesync.errors import StoreClosedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
+    from datetime import timedelta
 
+    from ratesync._engine import Lease
     from ratesync._schemas import StoreOptions
+    from ratesync.idempotency import Idempotent
+    from ratesync.locks import Lock
     from ratesync.states import State
 
-__all__ = ["Finding", "GroupRow", "HolderRow", "MigrationStep", "Store", "StoreListing"]
+__all__ = ["Finding", "GroupRow", "HolderRow", "LockRow", "MigrationStep", "Store", "StoreListing"]
 
 
 class MigrationStep(TypedDict):
@@ -70,8 +74,22 @@ class StoreListing(TypedDict):
     truncated: bool
 
 
+class LockRow(TypedDict):
+    """One lock; `held_for` and `expires_in` in seconds, negative when expired; `waiters` are processes."""
+
+    namespace: str
+    tenant: str
+    name: str
+    token: int
+    holder: str
+    held_for: float
+    expires_in: float
+    waiters: int
+
+
 Steps = list[MigrationStep]  # aliases: inside Store, `list` is the method
 Findings = list[Finding]
+Locks = list[LockRow]
 
 
 class Store:
@@ -195,6 +213,188 @@ class Store:
             codec=codec,
             timeout=timeout,
         )
+
+    def lock(
+        self,
+        name: str,
+        ttl: float | timedelta = 30,
+        timeout: float | None = None,
+        *,
+        auto_renew: bool = True,
+        cancel_on_loss: bool = False,
+        prefix: str = "acteon_",
+        namespace: str = "default",
+        tenant: str = "default",
+    ) -> Lock:
+        """A lock: `async with store.lock("invoice-42") as lease:`, or `with` in a plain thread.
+
+        Args:
+            name: of the lock, 1 to 255 bytes of UTF-8; no character has a special meaning.
+            ttl: seconds after which others may take it when its holder is gone, killed or cut off.
+            timeout: seconds to wait for it; 0 asks once, None waits as long as it takes.
+            auto_renew: the lease is renewed until the body ends, by a thread that Python cannot hold up.
+                False: the body has `ttl` seconds, unless it calls `lease.extend()`.
+            cancel_on_loss: `async with` only: cancel the body when the lock is lost, and raise LockLostError
+                instead. Otherwise `lease.lost` says it, and leaving the body raises.
+            prefix: what the names of tables or keys start with, 0 to 40 bytes.
+            namespace: part of the name, 1 to 255 bytes.
+            tenant: part of the name, 1 to 255 bytes.
+
+        Raises:
+            ConfigValidationError: names the argument and what was expected.
+
+        Example:
+            >>> import ratesync
+            >>> store = ratesync.get_store("memory")
+            >>> with store.lock("invoice-42", ttl=30, timeout=10) as lease:
+            ...     print(lease.name, lease.token > 0)
+            invoice-42 True
+        """
+        from ratesync.locks import CancellingLock, Lock
+
+        return (CancellingLock if cancel_on_loss else Lock)._on(
+            self,
+            name=name,
+            ttl=ttl,
+            timeout=timeout,
+            auto_renew=auto_renew,
+            prefix=prefix,
+            namespace=namespace,
+            tenant=tenant,
+        )
+
+    def try_lock(
+        self,
+        name: str,
+        ttl: float | timedelta = 30,
+        *,
+        auto_renew: bool = True,
+        prefix: str = "acteon_",
+        namespace: str = "default",
+        tenant: str = "default",
+    ) -> Pending[Lease | None]:
+        """Takes the lock when it is free at this moment. Whoever gets the lease has to `release()` it.
+
+        The arguments are those of `lock`.
+
+        Returns:
+            The lease, or None: somebody else has it.
+
+        Example:
+            >>> import ratesync
+            >>> store = ratesync.get_store("memory")
+            >>> lease = store.try_lock("nightly-report").wait()
+            >>> store.try_lock("nightly-report").wait() is None
+            True
+            >>> lease.release().wait()
+            True
+        """
+        lock = self.lock(
+            name, ttl, 0, auto_renew=auto_renew, prefix=prefix, namespace=namespace, tenant=tenant
+        )
+        return lock.acquire()
+
+    def idempotent(
+        self,
+        key: str,
+        fingerprint: str | bytes | None = None,
+        ttl: float | timedelta | None = 86400,
+        lease: float | timedelta = 30,
+        wait: float | timedelta | None = None,
+        *,
+        on_error: Literal["free", "keep"] = "free",
+        prefix: str = "acteon_",
+        namespace: str = "default",
+        tenant: str = "default",
+        timeout: float | None = 5.0,
+    ) -> Idempotent:
+        """An operation that is done once per key; later calls get the first one's result.
+
+            async with store.idempotent("charge-42", fingerprint=body_hash) as op:
+                if not op.done:
+                    op.result = await charge()
+            return op.result
+
+        Args:
+            key: names the operation, for example an Idempotency-Key header; 1 to 1024 bytes.
+            fingerprint: of the request, for example a digest of its body. Another one under the same key is
+                an error; None is not compared.
+            ttl: seconds for which the result is kept; None: for ever.
+            lease: seconds after which others may run the operation when its runner is gone. Renewed while the
+                body runs.
+            wait: when it is running elsewhere: seconds to wait for its result; None: do not.
+            on_error: of a body that raises: `free` the key, so that the next call runs, or `keep` the
+                failure, for what must not be tried again.
+            prefix: what the names of tables or keys start with, 0 to 40 bytes.
+            namespace: part of the key, 1 to 255 bytes.
+            tenant: part of the key, 1 to 255 bytes.
+            timeout: seconds that one trip to the store may take, queueing and reconnecting included.
+
+        Raises, on entering:
+            IdempotencyMismatchError: the key was used with another fingerprint.
+            OperationInProgressError: it is running elsewhere (still, after `wait`); `retry_after`.
+            OperationFailedError: it failed before, and that was kept.
+
+        Raises, on leaving:
+            LeaseLostError: the result was not stored, since somebody else had taken over.
+
+        Example:
+            >>> import ratesync
+            >>> store = ratesync.get_store("memory")
+            >>> def pay():
+            ...     with store.idempotent("charge-42", fingerprint="5 EUR") as op:
+            ...         if not op.done:
+            ...             op.result = {"receipt": 17}
+            ...     return op.done, op.result
+            >>> pay(), pay()
+            ((False, {'receipt': 17}), (True, {'receipt': 17}))
+        """
+        from ratesync.idempotency import Idempotent
+
+        return Idempotent(
+            self,
+            key,
+            fingerprint,
+            ttl=ttl,
+            lease=lease,
+            wait=wait,
+            on_error=on_error,
+            prefix=prefix,
+            namespace=namespace,
+            tenant=tenant,
+            timeout=timeout,
+        )
+
+    def locks(self, prefix: str = "acteon_", limit: int = 1000) -> Pending[Locks]:
+        """Locks that are held, or expired and not yet purged, in all namespaces, by name; at most `limit`."""
+        return cast("Pending[Locks]", self._core.locks(prefix, limit))
+
+    def break_lock(
+        self,
+        name: str,
+        token: int = 0,
+        *,
+        prefix: str = "acteon_",
+        namespace: str = "default",
+        tenant: str = "default",
+    ) -> Pending[bool]:
+        """Takes a lock from its holder, who is told by `lease.lost`, at its next renewal.
+
+        Args:
+            name: of the lock.
+            token: only while it is held under this token; 0: whoever holds it.
+            prefix: as in `lock`.
+            namespace: as in `lock`.
+            tenant: as in `lock`.
+
+        Returns:
+            Whether it was held (under that token).
+        """
+        return self._core.break_lock(prefix, namespace, tenant, name, token)
+
+    def migrate_state(self, prefix: str = "acteon_", *, dry_run: bool = False) -> Pending[Steps]:
+        """Creates the tables of state and locks of a prefix; returns all steps. `dry_run` only lists them."""
+        return cast("Pending[Steps]", self._core.migrate_state(prefix, dry_run))
 
     def _current(self) -> Store:
         """The store of the same name in this process; itself, unless it is another process's."""

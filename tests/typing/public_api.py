@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import assert_type
+from datetime import timedelta
+from typing import Any, assert_type
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -129,3 +130,50 @@ async def traced() -> None:
         assert_type(permit, ratesync.Permit)
     with traced_acquire("api") as permit:
         assert_type(permit, ratesync.Permit)
+
+
+async def state_locks_and_idempotency() -> None:
+    state = ratesync.state("shop", tenant="acme", codec="json")
+    assert_type(state, ratesync.State)
+    assert_type(await state.check_and_set("k", ttl=timedelta(minutes=5)), bool)
+    assert_type(await state.get_versioned("k"), ratesync.Versioned | None)
+    assert_type(await state.increment("n", 2, ttl=60, renew=True), int)
+    assert_type(await state.compare_and_swap("k", expected=1, value="v", ttl=ratesync.ops.KEEP), int)
+    assert_type(await state.claim_due(), list[ratesync.Due])
+    assert_type(await state.many([ratesync.ops.get("k")], atomic=True), list[Any])
+    async for key, _ in state.scan(prefix="a"):
+        assert_type(key, str)
+    for key, _ in state.scan():
+        assert_type(key, str)
+    async with ratesync.lock("l", ttl=30, timeout=10, cancel_on_loss=True) as lease:
+        assert_type(lease, ratesync.Lease)
+        assert_type(lease.token, int)
+        assert_type(lease.remaining, float)
+        assert_type(lease.lost, bool)
+    assert_type(await ratesync.try_lock("l"), ratesync.Lease | None)
+    async with ratesync.idempotent("k", fingerprint=b"f", wait=5) as op:
+        assert_type(op, ratesync.Operation)
+        assert_type(op.done, bool)
+        op.result = {"a": 1}
+        await op.commit_in(object())
+
+
+def state_in_threads() -> int:
+    store = ratesync.get_store("db")
+    with store.lock("l") as lease:
+        assert_type(lease.release().wait(), bool)
+    with store.idempotent("k") as op:
+        assert_type(op, ratesync.Operation)
+        op.commit_in(object()).wait()
+    assert_type(store.locks().wait()[0]["token"], int)
+    ratesync.configure_state("postgres", url="postgresql://localhost/app", prefix="p_")
+    results_can_be_passed_on(store.state().check_and_set("k"))
+    return store.state().set("k", 5).wait()
+
+
+def mistakes_with_state() -> None:
+    ratesync.state(codec="pickle")  # type: ignore[arg-type]
+    ratesync.state().compare_and_swap("k", 1, "v")  # type: ignore[call-arg]
+    ratesync.state().increment("k", "1")  # type: ignore[arg-type]
+    ratesync.idempotent("k", on_error="ignore")  # type: ignore[arg-type]
+    ratesync.lock("l", ttl=None)  # type: ignore[arg-type]

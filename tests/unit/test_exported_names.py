@@ -36,12 +36,19 @@ FUNCTIONS = {
     "get_store": "(store_id: 'str') -> 'Store'",
     "hash_identifier": "(identifier: 'str', *, length: 'int' = 16, salt: 'str' = '', "
     "algorithm: 'str' = 'sha256') -> 'str'",
+    "idempotent": "(key: 'str', fingerprint: 'str | bytes | None' = None, "
+    "ttl: 'float | timedelta | None' = 86400, lease: 'float | timedelta' = 30, "
+    "wait: 'float | timedelta | None' = None, *, on_error: \"Literal['free', 'keep']\" = 'free', "
+    "namespace: 'str | None' = None, tenant: 'str | None' = None) -> 'Idempotent'",
     "initialize_all_limiters": None,
     "initialize_limiter": None,
     "initialize_rate_limiter": None,
     "list_limiters": "() -> 'dict[str, dict[str, Any]]'",
     "list_stores": "() -> 'dict[str, dict[str, Any]]'",
     "load_config": "(config_path: 'str | os.PathLike[str]') -> 'None'",
+    "lock": "(name: 'str', ttl: 'float | timedelta' = 30, timeout: 'float | None' = None, *, "
+    "auto_renew: 'bool' = True, cancel_on_loss: 'bool' = False, namespace: 'str | None' = None, "
+    "tenant: 'str | None' = None) -> 'Lock'",
     "rate_limited": "(limiter_or_factory: 'Limited | Factory', *, timeout: 'float | None' = None, "
     "mode: \"Literal['wait', 'try']\" = 'wait') -> 'Any'",
     "shutdown": "() -> 'None'",
@@ -49,15 +56,21 @@ FUNCTIONS = {
     "codec: \"Literal['json'] | None\" = None) -> 'State'",
     "try_acquire": "(limiter_id: 'str', *more: 'str | float | None', timeout: 'float | None' = 0, "
     "cost: 'int' = 1, key: 'str | None' = None) -> 'Pending[bool]'",
+    "try_lock": "(name: 'str', ttl: 'float | timedelta' = 30, *, auto_renew: 'bool' = True, "
+    "namespace: 'str | None' = None, tenant: 'str | None' = None) -> 'Pending[Lease | None]'",
 }
 CLASSES = {
     "CompositeLimitCheck",
     "CompositeRateLimiter",
     "Due",
+    "Idempotent",
+    "Lease",
     "LimiterReadOnlyConfig",
     "LimiterState",
+    "Lock",
     "MemoryRateLimiter",
     "MultiLimiterResult",
+    "Operation",
     "Pending",
     "Permit",
     "PostgresRateLimiter",
@@ -106,7 +119,7 @@ ERRORS = {
 }
 
 
-OTHERS = {"__version__", "StrategyType", "ops", "testing"}
+OTHERS = {"__version__", "StrategyType", "fencing", "ops", "testing"}
 
 
 def test_the_package_exports_exactly_these_names() -> None:

@@ -215,7 +215,7 @@ PyMethodDef kMethods[] = {
     {"lost_signal", lease_lost_signal, METH_NOARGS,
      "lost_signal($self, /)\n--\n\nWait until it is lost.\n\nReturns:\n    A `Pending` of True: lost, or "
      "False: released.\n\nExample:\n    if await lease.lost_signal(): ..."},
-    {"send", lease_send_method, METH_O, nullptr},
+    {"send", lease_send_method, METH_O, "Part of the coroutine protocol, for a lease that is there at once."},
     {nullptr, nullptr, 0, nullptr},
 };
 
