@@ -15,6 +15,7 @@ from ratesync import errors
 from ratesync._version import __version__
 from ratesync.cli._common import Failure, NoFile
 from ratesync.cli._config import check, init
+from ratesync.cli._locks import locks
 from ratesync.cli._simulate import simulate
 from ratesync.cli._status import status
 from ratesync.cli._stores import doctor, migrate
@@ -44,7 +45,7 @@ class Group(click.Group):
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="ratesync")
 def cli() -> None:
-    """Rate and concurrency limits over memory and PostgreSQL.
+    """Rate and concurrency limits, locks and state over memory, PostgreSQL and Redis.
 
     \b
     Examples:
@@ -53,6 +54,7 @@ def cli() -> None:
       ratesync migrate --dry-run        what would be created?
       ratesync doctor                   is the database ready?
       ratesync status                   who holds what?
+      ratesync locks                    who has which lock?
       ratesync top                      the same, live
       ratesync simulate f.toml --trace requests.csv
                                         what would f.toml have done with that traffic?
@@ -62,5 +64,5 @@ def cli() -> None:
     """
 
 
-for _command in (check, init, migrate, doctor, status, top, simulate):
+for _command in (check, init, migrate, doctor, status, top, locks, simulate):
     cli.add_command(_command)

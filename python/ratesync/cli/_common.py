@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 
 from ratesync.errors import toml_key
+
+if TYPE_CHECKING:
+    from ratesync._state_schema import StateOptions
+    from ratesync.config import Config
+    from ratesync.stores import Store
 
 
 class Failure(click.ClickException):
@@ -46,11 +51,21 @@ def find(file: str | None) -> str:
     return str(path)
 
 
-def open_stores(config_file: str | None, store_id: str | None) -> Iterable[tuple[str, Any]]:
-    """Loads the configuration and yields its stores, those that limiters use implicitly included."""
+def load(config_file: str | None) -> Config:
+    """Reads the configuration and makes it that of this process."""
+    from ratesync._registry import _registry
+    from ratesync.config import read_config
+
+    config = read_config(find(config_file))
+    _registry.apply(config)
+    return config
+
+
+def open_stores(config_file: str | None, store_id: str | None) -> list[tuple[str, Store]]:
+    """Loads the configuration and gives its stores, those that limiters use implicitly included."""
     import ratesync
 
-    ratesync.load_config(find(config_file))
+    load(config_file)
     if store_id is not None:
         return [(store_id, ratesync.get_store(store_id))]
     used = [fields["store"] for fields in ratesync.list_limiters().values()]
@@ -58,10 +73,26 @@ def open_stores(config_file: str | None, store_id: str | None) -> Iterable[tuple
     return [(name, ratesync.get_store(name)) for name in names]
 
 
+def open_state(store_id: str | None = None) -> tuple[Store, StateOptions] | None:
+    """The store of `[state]` in the configuration that was loaded, None without one (or in another store)."""
+    from ratesync._registry import _registry
+
+    if _registry._state is None:
+        return None
+    store, options = _registry.state()
+    return (store, options) if store_id in (None, store.store_id) else None
+
+
 def ignored_note(tables: Iterable[str]) -> str:
     """Which tables of the file belong to others."""
     names = ", ".join(f"[{toml_key(name)}]" for name in tables)
     return f"ignored, not of ratesync: {names}"
+
+
+def say_ignored(config: Config) -> None:
+    """Names them on stderr, so that what is piped on stays clean."""
+    if config.ignored:
+        click.echo(f"ratesync: {config.path}: {ignored_note(config.ignored)}", err=True)
 
 
 def make_console() -> Console:

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 import click
 from rich.markup import escape
 from rich.table import Table
 
+import ratesync
 from ratesync import errors
-from ratesync.cli._common import config_option, make_console, open_stores, store_option
+from ratesync.cli._common import (
+    config_option,
+    find,
+    make_console,
+    open_state,
+    open_stores,
+    say_ignored,
+    store_option,
+)
+from ratesync.config import read_config
+
+if TYPE_CHECKING:
+    from ratesync.stores import MigrationStep
 
 
 @click.command()
@@ -18,34 +32,47 @@ from ratesync.cli._common import config_option, make_console, open_stores, store
 @click.option("--dry-run", is_flag=True, help="Say what would be done; change nothing.")
 @click.option("--sql", is_flag=True, help="Print the SQL of the outstanding steps; change nothing.")
 def migrate(config_file: str | None, store_id: str | None, dry_run: bool, sql: bool) -> None:
-    """Create or update the tables of the PostgreSQL stores.
+    """Create or update the tables of [stores] and of [state], where their backends have tables.
 
     \b
     Examples:
-      ratesync migrate --dry-run
+      ratesync migrate -c acteon.toml --dry-run
       ratesync migrate --sql --store db | psql "$ADMIN_URL"
     """
-    for name, store in open_stores(config_file, store_id):
-        steps = store.migrate(dry_run=dry_run or sql).wait()
-        outstanding = [step for step in steps if not step["applied"]]
-        if sql:
-            click.echo(f"-- store {name}: {len(outstanding)} outstanding steps")
-            for step in outstanding:
-                text = step["sql"].rstrip()
-                click.echo(f"-- {step['number']} {step['name']}\n{text}{'' if text.endswith(';') else ';'}")
-            continue
-        verb = "would apply" if dry_run else "applied"
+    stores = open_stores(config_file, store_id)
+    say_ignored(read_config(find(config_file)))
+    look = dry_run or sql
+    for name, store in stores:
+        _report(name, store.migrate(dry_run=look).wait(), dry_run, sql)
+    state = open_state(store_id)
+    if state is not None:
+        store, options = state
+        name = f"[state] {options.prefix!r} in {options.store or store.engine}"
+        _report(name, store.migrate_state(options.prefix, dry_run=look).wait(), dry_run, sql)
+    elif not stores:
+        click.echo("nothing to migrate: neither [stores] nor [state] are configured")
+
+
+def _report(name: str, steps: list[MigrationStep], dry_run: bool, sql: bool) -> None:
+    outstanding = [step for step in steps if not step["applied"]]
+    if sql:
+        click.echo(f"-- {name}: {len(outstanding)} outstanding steps")
         for step in outstanding:
-            click.echo(f"{name}: {verb} {step['number']} {step['name']}")
-        if not outstanding:
-            click.echo(f"{name}: {'up to date' if steps else 'nothing to migrate'}")
+            text = step["sql"].rstrip()
+            click.echo(f"-- {step['number']} {step['name']}\n{text}{'' if text.endswith(';') else ';'}")
+        return
+    verb = "would apply" if dry_run else "applied"
+    for step in outstanding:
+        click.echo(f"{name}: {verb} {step['number']} {step['name']}")
+    if not outstanding:
+        click.echo(f"{name}: {'up to date' if steps else 'nothing to migrate'}")
 
 
 @click.command()
 @config_option
 @store_option
 def doctor(config_file: str | None, store_id: str | None) -> None:
-    """Check the stores: connection, version, schema, grants; and say the cure.
+    """Check the stores, that of [state] included: connection, version, schema, grants; and say the cure.
 
     \b
     Examples:
@@ -57,7 +84,13 @@ def doctor(config_file: str | None, store_id: str | None) -> None:
     table = Table("store", "level", "subject", "finding", box=None, pad_edge=False)
     failed = False
     styles = {"ok": "green", "warning": "yellow", "error": "bold red"}
-    for name, store in open_stores(config_file, store_id):
+    stores = open_stores(config_file, store_id)
+    state = open_state(store_id)
+    if state is not None:
+        ratesync.state()  # its tables are looked at, too
+        if all(store is not state[0] for _, store in stores):
+            stores.append(("[state]", state[0]))
+    for name, store in stores:
         try:
             findings = store.doctor().wait()
         except errors.StoreError as error:

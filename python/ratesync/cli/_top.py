@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Group, RenderableType
@@ -16,6 +16,9 @@ from rich.text import Text
 from ratesync import errors
 from ratesync.cli._common import config_option, make_console, open_stores
 from ratesync.cli._status import holders_table, limiter_row, next_text, slots_text, used_bar
+
+if TYPE_CHECKING:
+    from ratesync.stores import GroupRow
 
 __all__ = ["top"]
 
@@ -124,7 +127,7 @@ class _Look:
         self._at = now
         return report
 
-    def _group(self, store_id: str, row: dict[str, Any], elapsed: float | None) -> dict[str, Any]:
+    def _group(self, store_id: str, row: GroupRow, elapsed: float | None) -> dict[str, Any]:
         before = self._versions.get((store_id, row["group"]))
         self._versions[store_id, row["group"]] = row["version"]
         rate = None
