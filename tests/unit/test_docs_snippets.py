@@ -6,6 +6,7 @@ The quick start of the README is run; blocks that need a database or a server ar
 from __future__ import annotations
 
 import ast
+import doctest
 import inspect
 import re
 import textwrap
@@ -15,7 +16,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from ratesync import _schemas, errors
+from ratesync import _schemas, _state_schema, errors
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -42,6 +43,13 @@ def test_the_quick_start_of_the_readme_runs(
     (block,) = blocks(ROOT / "README.md", "python")
     exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
     assert re.fullmatch(r"waited \d+\.\d{3} s\n", capsys.readouterr().out)
+
+
+def test_the_session_in_the_readme_runs(ratesync_registry: Path) -> None:
+    (block,) = blocks(ROOT / "README.md", "pycon")
+    session = doctest.DocTestParser().get_doctest(block, {}, "README.md", "README.md", 0)
+    assert doctest.DocTestRunner().run(session).failed == 0
+    assert len(session.examples) > 4
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -82,6 +90,7 @@ def test_toml_blocks_are_valid_configurations(
         ('`[stores.<id>]`, engine `"postgres"`', _schemas.PostgresOptions),
         ('`[stores.<id>]`, engine `"redis"`', _schemas.RedisOptions),
         ("`[limiters.<id>]`", _schemas.LimiterOptions),
+        ("`[state]`", _state_schema.StateOptions),
     ],
 )
 def test_the_table_of_options_has_every_option_with_its_default(
