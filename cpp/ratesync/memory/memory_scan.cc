@@ -86,7 +86,8 @@ Result<store::StatePage> MemoryState::page(const store::Space& space, const std:
     auto fresh = std::make_shared<KeyList>();
     fresh->family = family->number;
     fresh->prefix = prefix;
-    LowestKeys lowest(*fresh, std::max(Scans::kKeys, page_size));
+    // Of many rows more at a time: eight walks at most, or a long scan would be quadratic.
+    LowestKeys lowest(*fresh, std::max({Scans::kKeys, page_size, rows() / 8}));
     for (std::uint32_t i = 0; i < kTables; ++i) {
       const std::lock_guard lock(tables_[i].lock);
       tables_[i].each([&](const Row& row) {

@@ -55,7 +55,7 @@ struct Cursor {
 
 class Scans {
  public:
-  static constexpr std::size_t kKeys = 65'536;  // of one list
+  static constexpr std::size_t kKeys = 65'536;  // of one list, at least
   // Null: dropped, or not of this scan.
   std::shared_ptr<const KeyList> find(std::uint64_t id, std::uint32_t family, std::string_view prefix);
   // Gives the list its id.
