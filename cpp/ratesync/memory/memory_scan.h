@@ -3,8 +3,8 @@
 // Tables have no order, so the first page of a scan collects the lowest keys of its kind and sorts them;
 // later pages walk that list and look each key up. The list is only a short cut: a cursor holds the last key,
 // too, and where the list was walked to its end, or dropped meanwhile, the next page makes a new one from
-// there. A list is bounded, and so is their number: what abandoned scans leave, and the time that one page
-// takes.
+// there. A list holds at most 65,536 keys or an eighth of the rows, and few are kept: that bounds what
+// abandoned scans leave, and the time that one page takes.
 #pragma once
 
 #include <cstdint>
