@@ -8,7 +8,7 @@ import sys
 
 from benchmarks.report import Report, provenance, save
 
-ALL = ("memory", "footprint", "counts", "postgres", "redis", "lawful")
+ALL = ("memory", "footprint", "counts", "postgres", "redis", "state", "lawful")
 
 
 def main() -> int:

@@ -107,7 +107,14 @@ class Floor:
         return f"{self._url}&options=-csynchronous_commit%3D{'on' if durable else 'off'}"
 
     def raw(self, seconds: float, depth: int, *, durable: bool) -> Load:
-        command = [str(self.program), self._options(durable), BY_HAND, HOT, str(seconds), str(depth)]
+        return self._raw(self._options(durable), BY_HAND, HOT, seconds, depth)
+
+    def statement(self, sql: str, parameter: str, seconds: float, depth: int) -> Load:
+        """Any statement with one parameter that returns one row, durable."""
+        return self._raw(self._options(True), sql, parameter, seconds, depth)
+
+    def _raw(self, url: str, sql: str, parameter: str, seconds: float, depth: int) -> Load:
+        command = [str(self.program), url, sql, parameter, str(seconds), str(depth)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise RuntimeError(f"raw_libpq: {done.stderr}")

@@ -31,7 +31,22 @@ def test_a_tenant_is_served_up_to_its_own_limit() -> None:
     assert lines[-1] == "initech: 5 used, 0 left"
 
 
-@pytest.mark.parametrize("name", ["background_jobs.py", "per_tenant.py"])
+def test_a_job_that_comes_twice_is_charged_once() -> None:
+    assert run("exactly_once.py") == "40 deliveries, 20 charges, the same receipt for both: True\n"
+
+
+def test_one_leads_at_a_time_and_late_writes_are_refused() -> None:
+    assert run("leader_election.py") == "3 leaders, tokens grow: True, a late write passed: False\n"
+
+
+def test_a_webhook_is_handled_once() -> None:
+    assert run("webhook_dedup.py") == "200 deliveries, 50 handled, all answered 200: True\n"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["background_jobs.py", "per_tenant.py", "exactly_once.py", "leader_election.py", "webhook_dedup.py"],
+)
 def test_a_guide_shows_it(name: str) -> None:
     guides = (EXAMPLES.parent / "docs" / "guides").glob("*.md")
     assert any(f'--8<-- "examples/{name}"' in guide.read_text(encoding="utf-8") for guide in guides)
