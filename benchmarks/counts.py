@@ -1,4 +1,4 @@
-"""Counts: statements and round trips per acquisition, exact, and a gate: exit status 1 when one is exceeded.
+"""Counts: statements and round trips per operation, exact, and a gate: exit status 1 when one is exceeded.
 
 Counted on both sides: by our store (`Store.stats`), and by the server's `pg_stat_statements`, read over an
 asyncpg connection, which sees every statement whoever sent it.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from urllib.parse import urlsplit
 
@@ -22,12 +23,13 @@ import asyncpg
 import ratesync
 from benchmarks import pg
 from benchmarks.report import Goal, Report, Table, integer
+from ratesync import ops
 
 # Ours are the statements that quote the table's name; the benchmark's own do not.
 SEEN = """
 SELECT coalesce(sum(calls), 0)::int8
 FROM pg_stat_statements AS s JOIN pg_database AS d ON d.oid = s.dbid
-WHERE d.datname = $1 AND s.query LIKE '%"rate_limiter_state%'
+WHERE d.datname = $1 AND (s.query LIKE '%"rate_limiter_state%' OR s.query LIKE '%"acteon_%')
 """
 
 
@@ -69,6 +71,10 @@ def run(quick: bool) -> Report:
     with pg.server(shared_preload_libraries="pg_stat_statements") as started:
         started.execute("CREATE EXTENSION pg_stat_statements")
         return asyncio.run(_run(started, 20 if quick else 200))
+
+
+async def _task(pending: Awaitable[object]) -> None:
+    await pending
 
 
 async def _run(started: pg.PostgresServer, repeats: int) -> Report:
@@ -135,11 +141,68 @@ async def _run(started: pg.PostgresServer, repeats: int) -> Report:
                 task.cancel()
             await asyncio.gather(*others, return_exceptions=True)
 
+    state = ratesync.get_store("db").state()
+    lock = ratesync.get_store("db").lock
+    serial = itertools.count()
+
+    def lone_state(operation: Callable[[int], Awaitable[object]]) -> Callable[[], Awaitable[None]]:
+        async def work() -> None:
+            for _ in range(100):
+                await operation(next(serial))
+
+        return work
+
+    async def lock_cycle(number: int) -> None:
+        async with lock(f"lock-{number}", ttl=600):
+            pass
+
+    await state.set("kept", "1")
+    await state.increment("hot")
+    alone: dict[str, Callable[[int], Awaitable[object]]] = {
+        "check_and_set": lambda number: state.check_and_set(f"key-{number}", "1", ttl=300),
+        "check_and_set that is refused": lambda _: state.check_and_set("kept", "1"),
+        "get": lambda _: state.get("kept"),
+        "set": lambda _: state.set("kept", "1"),
+        "increment": lambda _: state.increment("hot"),
+        "lock cycle": lock_cycle,
+    }
+
+    async def many() -> None:
+        await state.many(
+            [
+                ops.check_and_set("kept", "1"),
+                *(ops.check_and_set(f"many-{n}", "1") for n in range(50)),
+                ops.increment("hot"),
+                ops.get("kept"),
+                ops.set("kept", "2"),
+                ops.delete("many-1"),
+            ]
+        )
+
+    async def crowd_of_state() -> None:
+        async with blocker.transaction():
+            await blocker.execute("SELECT 1 FROM acteon_state WHERE key = 'hot' FOR UPDATE")
+            first = asyncio.create_task(_task(state.increment("hot")))
+            while not await witness.fetchval(
+                "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+            ):
+                await asyncio.sleep(0)
+            others = [asyncio.create_task(_task(state.increment("hot"))) for _ in range(999)]
+            await asyncio.sleep(0)
+        await asyncio.gather(first, *others)
+
     # Connections of all lanes, prepared statements, schema.
     await lone()
     await slots()
     await crowd()
     await acquire("spent")
+    for operation in alone.values():
+        await asyncio.gather(*(operation(next(serial)) for _ in range(20)))
+    await many()
+
+    counted_state = {name: await books.of("hot", lone_state(operation)) for name, operation in alone.items()}
+    together = await books.of("hot", many)
+    hot = await books.of("hot", crowd_of_state)
 
     counted = {
         "100 lone acquires": await books.of("hot", lone),
@@ -159,6 +222,21 @@ async def _run(started: pg.PostgresServer, repeats: int) -> Report:
             for name, c in counted.items()
         ],
     )
+    by_state = Table(
+        "counts: state, what reached the server",
+        ["", "operations", "round trips", "statements", "statements seen by the server"],
+        [
+            [f"100 lone: {name}", "100", integer(c.trips), integer(c.statements), integer(c.seen)]
+            for name, c in counted_state.items()
+        ]
+        + [
+            [name, integer(count), integer(c.trips), integer(c.statements), integer(c.seen)]
+            for name, count, c in (
+                ("one many() of 55 mixed operations", 55, together),
+                ("1 increment sent, 999 arrive meanwhile", 1000, hot),
+            )
+        ],
+    )
     one, refusal, running, many, cancelled, _ = counted.values()
     goals = [
         Goal("round trips of one acquire", one.trips / one.grants, 1),
@@ -172,10 +250,20 @@ async def _run(started: pg.PostgresServer, repeats: int) -> Report:
             for name, c in counted.items()
         ),
     ]
+    goals += [
+        Goal(f"round trips of one {name}", c.trips / 100, 2 if name == "lock cycle" else 1)
+        for name, c in counted_state.items()
+    ]
+    goals += [
+        Goal(f"statements of one {name}", c.seen / 100, 2 if name == "lock cycle" else 1)
+        for name, c in counted_state.items()
+    ]
+    goals.append(Goal("round trips of one many() of 55 mixed operations", together.trips, 1))
+    goals.append(Goal("1,000 increments that arrive during a trip: statements each", hot.seen / 1000, 0.01))
     for goal in goals:
         goal.gated = True
     goals.append(Goal("1,000 tasks in a loop: statements per grant", running.seen / running.grants, 0.02))
     await ratesync.get_store("db").close()
     data = {name: vars(c) for name, c in counted.items()}
     data["provenance"] = [await asyncio.to_thread(pg.server_version, started)]  # type: ignore[assignment]
-    return Report("counts", [table], goals, data=data)
+    return Report("counts", [table, by_state], goals, data=data)

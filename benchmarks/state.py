@@ -94,11 +94,15 @@ async def _fill(store: ratesync.Store) -> None:
 # PostgreSQL by hand -----------------------------------------------------------------------------------
 
 HAND_TABLES = (
-    "CREATE TABLE hand (key TEXT PRIMARY KEY, value BYTEA, number BIGINT, version BIGINT NOT NULL,"
-    " expires_at TIMESTAMPTZ) WITH (fillfactor = 80)",
+    (
+        "CREATE TABLE hand (key TEXT PRIMARY KEY, value BYTEA, number BIGINT, version BIGINT NOT NULL,"
+        " expires_at TIMESTAMPTZ) WITH (fillfactor = 80)"
+    ),
     "CREATE INDEX hand_expires ON hand (expires_at) WHERE expires_at IS NOT NULL",
-    "CREATE TABLE hand_locks (name TEXT PRIMARY KEY, token BIGINT NOT NULL, expires_at TIMESTAMPTZ NOT NULL)"
-    " WITH (fillfactor = 80)",
+    (
+        "CREATE TABLE hand_locks (name TEXT PRIMARY KEY, token BIGINT NOT NULL,"
+        " expires_at TIMESTAMPTZ NOT NULL) WITH (fillfactor = 80)"
+    ),
     "CREATE SEQUENCE hand_tokens",
     "CREATE SEQUENCE hand_serial",
     f"INSERT INTO hand SELECT 'key-' || i, '1', NULL, 1, NULL FROM generate_series(0, {KEYS - 1}) AS i",
@@ -107,8 +111,8 @@ HAND_TABLES = (
 )
 TTL = "clock_timestamp() + interval '300 s'"
 CREATE = (
-    f"INSERT INTO hand VALUES ($1, '1', NULL, 1, {TTL}) ON CONFLICT (key) DO UPDATE SET value = excluded.value,"
-    " version = hand.version + 1, expires_at = excluded.expires_at"
+    f"INSERT INTO hand VALUES ($1, '1', NULL, 1, {TTL}) ON CONFLICT (key) DO UPDATE SET"
+    " value = excluded.value, version = hand.version + 1, expires_at = excluded.expires_at"
     " WHERE hand.expires_at <= clock_timestamp() RETURNING version"
 )
 GET = "SELECT value FROM hand WHERE key = $1 AND (expires_at IS NULL OR expires_at > clock_timestamp())"
@@ -123,7 +127,7 @@ LOCK = (
     " WHERE hand_locks.expires_at <= clock_timestamp() RETURNING token"
 )
 UNLOCK = "UPDATE hand_locks SET expires_at = clock_timestamp() WHERE name = $1 AND token = $2 RETURNING token"
-# The same from C: one parameter, one row; fresh keys are numbered by the server, names of locks are not freed.
+# The same from C: one parameter, one row; fresh keys are numbered by the server.
 RAW = {
     "check_and_set": CREATE.replace(
         f"VALUES ($1, '1', NULL, 1, {TTL})",
@@ -310,9 +314,7 @@ async def _run(started: pg.PostgresServer, redis_url: str, quick: bool) -> Repor
     hand = urlsplit(hand_url).path.lstrip("/")
     await asyncio.to_thread(lambda: started.execute(*HAND_TABLES, database=hand))
     ratesync.configure_store("bench-memory", "memory")
-    ratesync.configure_store(
-        "bench-postgres", "postgres", url=our_url, auto_create=True, command_timeout=30
-    )
+    ratesync.configure_store("bench-postgres", "postgres", url=our_url, auto_create=True, command_timeout=30)
     ratesync.configure_store("bench-redis", "redis", url=redis_url)
     for store_id in ("bench-memory", "bench-postgres", "bench-redis"):
         await _fill(ratesync.get_store(store_id))
@@ -368,7 +370,9 @@ async def _run(started: pg.PostgresServer, redis_url: str, quick: bool) -> Repor
     floor.close()
 
     report = _report(loads, counts)
-    report.notes = [f"{rounds} rounds of {seconds:g} s per load, alternating; client and servers share the CPUs"]
+    report.notes = [
+        f"{rounds} rounds of {seconds:g} s per load, alternating; client and servers share the CPUs"
+    ]
     import redis.asyncio
 
     found = await redis.asyncio.Redis.from_url(redis_url).info("server")
