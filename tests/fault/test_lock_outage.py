@@ -98,8 +98,8 @@ async def test_a_lease_is_kept_while_python_is_busy_and_lost_when_the_server_is_
     assert lease.held
     assert await remote.lock(remote.direct).acquire(timeout=0) is None
     signal = asyncio.ensure_future(lease.lost_signal())
-    ratesync_proxy.cut()
     ratesync_proxy.refuse_new()
+    ratesync_proxy.cut()
     assert await asyncio.wait_for(signal, 20) is True
     assert lease.lost
     assert lease.remaining == 0

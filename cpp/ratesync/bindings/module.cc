@@ -153,15 +153,6 @@ void bind_store(py::module_& module) {
             return steal_or_throw(break_lock(home, name.ptr(), token));
           },
           "prefix"_a, "namespace"_a, "tenant"_a, "name"_a, "token"_a)
-      .def(
-          "migrate_state",
-          [](const PyStore& s, const std::string& prefix, bool dry_run) {
-            auto* store = s.entry->store.get();
-            return store_call<std::vector<store::MigrationStep>>(s, [store, prefix, dry_run](auto done) {
-              store->migrate_state(prefix, dry_run, std::move(done));
-            });
-          },
-          "prefix"_a, "dry_run"_a)
       .def("stats",
            [](const PyStore& s) {
              auto* store = s.entry->store.get();

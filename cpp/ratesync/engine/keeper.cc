@@ -24,30 +24,29 @@ Kept::Kept(Keeper& keeper, std::int64_t ttl_ms, bool auto_renew, Nanos ends_at)
     : keeper_(keeper), auto_renew_(auto_renew), ttl_ms_(ttl_ms), ends_at_(ends_at) {}
 
 Kept::Fate Kept::fate(Nanos now) {
-  Nanos ends = ends_at_.load(std::memory_order_acquire);
+  Nanos ends = ends_at_.load();
   while (ends > 0 && now >= ends)
-    if (ends_at_.compare_exchange_weak(ends, kLost, std::memory_order_acq_rel)) return Fate::lost;
+    if (ends_at_.compare_exchange_weak(ends, kLost)) return Fate::lost;
   return ends > 0 ? Fate::held : ends == kLost ? Fate::lost : Fate::ended;
 }
 
 Nanos Kept::remaining(Nanos now) {
   if (fate(now) != Fate::held) return 0;
-  const Nanos ends = ends_at_.load(std::memory_order_acquire);
+  const Nanos ends = ends_at_.load();
   return ends == kForever ? kForever : std::max<Nanos>(0, ends - now);
 }
 
 bool Kept::settle(Fate why) {
-  Nanos ends = ends_at_.load(std::memory_order_acquire);
+  Nanos ends = ends_at_.load();
   while (ends > 0)
-    if (ends_at_.compare_exchange_weak(ends, why == Fate::lost ? kLost : kEnded, std::memory_order_acq_rel))
-      return true;
+    if (ends_at_.compare_exchange_weak(ends, why == Fate::lost ? kLost : kEnded)) return true;
   return false;
 }
 
 bool Kept::prolong(Nanos now, Nanos ends_at) {
-  Nanos ends = ends_at_.load(std::memory_order_acquire);
+  Nanos ends = ends_at_.load();
   while (ends > 0 && now < ends)
-    if (ends_at_.compare_exchange_weak(ends, ends_at, std::memory_order_acq_rel)) return true;
+    if (ends_at_.compare_exchange_weak(ends, ends_at)) return true;
   return fate(now) == Fate::held;
 }
 
@@ -222,7 +221,7 @@ void Keeper::watch(LossSignal* signal) {
   }
   signal->waiting_ = true;
   signal->place_ = kept.signals_.insert(kept.signals_.end(), signal);
-  kept.watched_.store(true, std::memory_order_release);
+  kept.watched_.store(true);
   if (!kept.armed()) keep(signal->kept, timers_.now());
   // Ended by another thread between the look and the flag (memory store).
   if (kept.fate(timers_.now()) != Kept::Fate::held) tell(kept);

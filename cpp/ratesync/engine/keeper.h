@@ -51,7 +51,9 @@ class Kept : public TimerNode, public std::enable_shared_from_this<Kept> {
   [[nodiscard]] std::int64_t ttl_ms() const { return ttl_ms_.load(std::memory_order_relaxed); }
   [[nodiscard]] bool auto_renew() const { return auto_renew_; }
   // Somebody waits for the loss signal.
-  [[nodiscard]] bool watched() const { return watched_.load(std::memory_order_acquire); }
+  // Whoever makes it final and finds false here has nobody to tell: who begins to watch looks at the fate
+  // afterwards. Sequentially consistent, all of it.
+  [[nodiscard]] bool watched() const { return watched_.load(); }
   void set_ttl_ms(std::int64_t ttl_ms) { ttl_ms_.store(ttl_ms, std::memory_order_relaxed); }
 
  protected:
