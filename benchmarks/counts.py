@@ -167,7 +167,7 @@ async def _run(started: pg.PostgresServer, repeats: int) -> Report:
         "lock cycle": lock_cycle,
     }
 
-    async def many() -> None:
+    async def mixed() -> None:
         await state.many(
             [
                 ops.check_and_set("kept", "1"),
@@ -198,10 +198,10 @@ async def _run(started: pg.PostgresServer, repeats: int) -> Report:
     await acquire("spent")
     for operation in alone.values():
         await asyncio.gather(*(operation(next(serial)) for _ in range(20)))
-    await many()
+    await mixed()
 
     counted_state = {name: await books.of("hot", lone_state(operation)) for name, operation in alone.items()}
-    together = await books.of("hot", many)
+    together = await books.of("hot", mixed)
     hot = await books.of("hot", crowd_of_state)
 
     counted = {
