@@ -56,7 +56,9 @@ def migrate(config_file: str | None, store_id: str | None, dry_run: bool, sql: b
 def _report(name: str, steps: list[MigrationStep], dry_run: bool, sql: bool) -> None:
     outstanding = [step for step in steps if not step["applied"]]
     if sql:
-        click.echo(f"-- {name}: {len(outstanding)} outstanding steps")
+        what = name if name.startswith("[state]") else f"store {name}"
+        comment = " ".join(what.splitlines())  # a name cannot end the comment
+        click.echo(f"-- {comment}: {len(outstanding)} outstanding steps")
         for step in outstanding:
             text = step["sql"].rstrip()
             click.echo(f"-- {step['number']} {step['name']}\n{text}{'' if text.endswith(';') else ';'}")
