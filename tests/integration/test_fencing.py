@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import sys
 from typing import Any
 
 import asyncpg
 import pytest
 
+import ratesync
 from ratesync import fencing
 from ratesync.errors import ConfigValidationError
 
@@ -208,3 +211,52 @@ async def test_who_writes_to_the_table_needs_no_rights_on_the_marks(
 async def test_names_that_postgresql_cannot_have_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigValidationError):
         fencing.guard_sql(**options)
+
+
+HOLDER = """
+import asyncio, sys, asyncpg, ratesync
+
+async def main(url):
+    ratesync.configure_store("db", engine="postgres", url=url, auto_create=True)
+    connection = await asyncpg.connect(url)
+    lease = await ratesync.get_store("db").try_lock("invoice-1", ttl=1)
+    print(lease.token, flush=True)
+    sys.stdin.readline()  # suspended here: also the thread that renews
+    try:
+        await connection.execute("UPDATE invoices SET state = 'stale', fence = $1 WHERE id = 1", lease.token)
+        print("written", flush=True)
+    except asyncpg.PostgresError as error:
+        print(error.sqlstate, flush=True)
+    await connection.close()
+
+asyncio.run(main(sys.argv[1]))
+"""
+
+
+async def test_a_holder_that_was_suspended_cannot_write_any_more(
+    ratesync_registry: object, ratesync_postgres_url: str, invoices: Any
+) -> None:
+    holder = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        HOLDER,
+        ratesync_postgres_url,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert holder.stdin is not None
+    assert holder.stdout is not None
+    try:
+        token = int(await holder.stdout.readline())
+        holder.send_signal(signal.SIGSTOP)
+        ratesync.configure_store("db", engine="postgres", url=ratesync_postgres_url)
+        async with ratesync.get_store("db").lock("invoice-1", ttl=30, timeout=30) as lease:
+            assert lease.token > token
+            await invoices.execute(SET, "fresh", lease.token)
+            holder.stdin.write(b"\n")
+            holder.send_signal(signal.SIGCONT)
+            assert (await holder.stdout.readline()).decode().strip() == fencing.STALE_TOKEN
+        assert await invoices.fetchval("SELECT state FROM invoices") == "fresh"
+    finally:
+        holder.kill()
+        await holder.wait()
