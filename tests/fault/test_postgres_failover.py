@@ -265,7 +265,7 @@ async def test_where_the_primary_does_not_wait_for_the_standby_keys_are_lost_and
         store = configure(url)
         state = store.state(kind="dedup")
         assert await state.check_and_set("key-0", "0", ttl=600)
-        at = pair.primary.execute("SELECT pg_current_wal_lsn()")[0][0]
+        at = pair.primary.execute("SELECT pg_current_wal_lsn()::text")[0][0]
         async with asyncio.timeout(30):
             while not pair.standby.execute(f"SELECT pg_last_wal_replay_lsn() >= '{at}'::pg_lsn")[0][0]:
                 await asyncio.sleep(0.02)
