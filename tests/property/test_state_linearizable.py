@@ -213,7 +213,7 @@ def test_threads(state, seed):
 
 
 @pytest.mark.parametrize("options", ["postgres", "redis"], indirect=True)
-@pytest.mark.parametrize(("tasks", "rounds"), [(3, 60), pytest.param(6, 400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("tasks", "rounds"), [(3, 60), pytest.param(5, 200, marks=pytest.mark.slow)])
 async def test_processes(options, state, seed, tasks, rounds):
     await state.initialize()
     loop = asyncio.get_running_loop()
@@ -237,11 +237,11 @@ async def test_tasks_whose_connections_are_cut(options, seed):
         ratesync.configure_store("db", **(options | {"url": proxy.through(options["url"])}))
         state = ratesync.get_store("db").state(kind="linear", timeout=20)
         await state.get("warm")
-        calling = asyncio.create_task(call_at_random(state, 8, 60, 6, seed))
+        calling = asyncio.create_task(call_at_random(state, 8, 150, 6, seed))
         cuts = 0
         while not calling.done():
             await asyncio.sleep(random.uniform(0.005, 0.03))
-            if cuts < 12:
+            if cuts < 40:
                 proxy.cut()
                 cuts += 1
         calls = await calling
