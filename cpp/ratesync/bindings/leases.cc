@@ -186,7 +186,8 @@ void lease_dealloc(PyObject* object) {
   if (self->weakrefs) PyObject_ClearWeakRefs(object);
   if (!self->home->ours()) {
     (void)new engine::HeldLockRef(self->lease);  // the parent's, leaked on purpose
-  } else if (self->home->engine->running() && self->lease->fate(now_of(self)) == Kept::Fate::held) {
+  } else if (self->home->engine->running() && !self->lease->releasing &&
+             self->lease->fate(now_of(self)) == Kept::Fate::held) {
     warn_dropped(self);
     engine::LockService* service = self->home->service;
     if (self->home->direct()) {

@@ -56,7 +56,8 @@ class HeldLock final : public Kept {
   const store::SpaceRef space;
   const std::string name;
   const std::int64_t token;
-  std::atomic<bool> answered{false};  // the store has said what a release of it found
+  std::atomic<bool> releasing{false};  // a release was asked for
+  std::atomic<bool> answered{false};   // the store has said what it found
 
  protected:
   void ask(std::int64_t ttl_ms) override;
@@ -138,7 +139,7 @@ struct LockName final : TimerNode {
 // Gives a lock back and says whether it was held until then.
 class LockRelease final : public Acquisition, public store::LockOp {
  public:
-  explicit LockRelease(HeldLockRef held) : lease(std::move(held)) {}
+  explicit LockRelease(HeldLockRef held) : lease(std::move(held)) { lease->releasing = true; }
   void start() override;
   void cancel() override {}  // it is given back all the same
   void done() override;
