@@ -1,9 +1,10 @@
 """What tests of code that uses ratesync need: resets, a manual clock, real servers, faults on command.
 
 `reset_limiter`, `reset_all_limiters` and `reset_backend_store` bring limits back to their beginning.
-`ManualClock`, `PostgresServer`, `PostgresPair`, `RedisServer`, `RedisCluster`, `RedisSentinel`,
-`TcpProxy` and `LimitContract` are loaded at first use. The pytest plugin (`ratesync.testing.plugin`, active
-wherever ratesync is installed) offers them as fixtures.
+`ManualClock`, `PostgresServer`, `PostgresPair`, `RedisServer`, `RedisCluster`, `RedisSentinel`, `TcpProxy`
+and the contract suites (`LimitContract`, `StateContract`, `LockContract`, `IdempotencyContract` ...) are
+loaded at first use. The pytest plugin (`ratesync.testing.plugin`, active wherever ratesync is installed)
+offers servers, clock and proxy as fixtures.
 """
 
 from __future__ import annotations
@@ -19,16 +20,21 @@ from ratesync.limits import RateLimiter
 
 if TYPE_CHECKING:
     from ratesync.testing.clock import ManualClock
+    from ratesync.testing.idempotency_contract import IdempotencyContract
     from ratesync.testing.limit_contract import LimitContract
+    from ratesync.testing.lock_contract import LockContract
     from ratesync.testing.multi_contract import MultiLimitContract
     from ratesync.testing.postgres import PostgresServer
     from ratesync.testing.postgres_pair import PostgresPair
     from ratesync.testing.proxy import TcpProxy
     from ratesync.testing.redis import RedisServer
     from ratesync.testing.redis_topology import RedisCluster, RedisSentinel
+    from ratesync.testing.state_contract import StateContract
 
 __all__ = [
+    "IdempotencyContract",
     "LimitContract",
+    "LockContract",
     "ManualClock",
     "MultiLimitContract",
     "PostgresPair",
@@ -36,6 +42,7 @@ __all__ = [
     "RedisCluster",
     "RedisSentinel",
     "RedisServer",
+    "StateContract",
     "TcpProxy",
     "reset_all_limiters",
     "reset_backend_store",
@@ -44,7 +51,9 @@ __all__ = [
 
 log = logging.getLogger("ratesync")
 _LAZY = {
+    "IdempotencyContract": "idempotency_contract",
     "LimitContract": "limit_contract",
+    "LockContract": "lock_contract",
     "ManualClock": "clock",
     "MultiLimitContract": "multi_contract",
     "PostgresPair": "postgres_pair",
@@ -52,6 +61,7 @@ _LAZY = {
     "RedisCluster": "redis_topology",
     "RedisSentinel": "redis_topology",
     "RedisServer": "redis",
+    "StateContract": "state_contract",
     "TcpProxy": "proxy",
 }
 
