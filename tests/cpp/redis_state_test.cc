@@ -431,5 +431,54 @@ TEST_F(StateTest, AnotherOnesKeyFailsAlone) {
   }
 }
 
+TEST_F(StateTest, RightsOnItsOwnPrefixAreEnough) {
+  const std::string keys = "~" + prefix() + "*", channels = "&" + prefix() + "*";
+  for (const bool granted : {true, false}) {
+    const std::string name = granted ? "good" : "bad";
+    std::vector<std::string> words = {"ACL",         "SETUSER",      name,           "reset", "on",
+                                      ">p",          "~rate_limit*", "&rate_limit*", "+@all", "-@admin",
+                                      "-@dangerous", "+info",        "+role"};
+    if (granted) words.insert(words.end(), {keys, channels});
+    Command command(words.front());
+    for (std::size_t i = 1; i < words.size(); ++i) command.add(words[i]);
+    auto admin = connection(options(shared_server().port()));
+    std::optional<Result<Reply>> set;
+    admin->send(command, kForever, [&](Result<Reply> reply) { set = std::move(reply); });
+    ASSERT_TRUE(wait_until([&] { return set.has_value(); }));
+    ASSERT_EQ(text(*set), "OK");
+
+    store::Store& store = open(fmt::format("redis://{}:p@127.0.0.1:{}", name, shared_server().port()));
+    store::StateStore& mine = state(store);
+    WaitedOp& op = make(StateVerb::create, "rights");
+    op.ttl = 60'000;
+    mine.submit(&op);
+    ASSERT_TRUE(wait_until([&] { return op.ended > 0; }));
+    EXPECT_EQ(op.reply.status.ok(), granted) << op.reply.status.message;
+    if (!granted) {
+      EXPECT_EQ(op.reply.status.sqlstate, "NOPERM");
+    } else {
+      WaitedOp& sum = make(StateVerb::add, "n");
+      sum.delta = kMost;
+      run(mine, sum);
+      EXPECT_EQ(run(mine, make(StateVerb::schedule, "rights")).outcome, Outcome::done);
+      WaitedOp& gone = make(StateVerb::remove, "rights");
+      gone.expected = store::kAnyVersion;
+      EXPECT_EQ(run(mine, gone).outcome, Outcome::done);
+      EXPECT_GE(purge(mine), 1);
+      auto due = wait_for<std::vector<store::DueKey>>(
+          [&](auto done) { mine.claim_due(space_, "", 10, 1'000, done); });
+      EXPECT_TRUE(due.ok()) << due.status().message;
+      auto page = wait_for<store::StatePage>([&](auto done) { mine.scan(space_, "k", "", "", 10, done); });
+      EXPECT_TRUE(page.ok()) << page.status().message;
+    }
+    auto findings = wait_for<std::vector<store::Finding>>([&](auto done) { store.doctor(done); });
+    ASSERT_TRUE(findings.ok());
+    bool right = true;
+    for (const store::Finding& finding : findings.value())
+      if (finding.subject == "rights") right = finding.level == store::Finding::Level::ok;
+    EXPECT_EQ(right, granted);
+  }
+}
+
 }  // namespace
 }  // namespace ratesync::testing

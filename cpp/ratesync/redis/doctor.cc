@@ -36,6 +36,7 @@ class Examination : public std::enable_shared_from_this<Examination> {
         channel_(patient.keys.channels() + "doctor"),
         deadline_(patient.deadline),
         pool_max_size_(patient.pool_max_size),
+        prefixes_(patient.prefixes),
         done_(std::move(done)) {}
 
   void begin() {
@@ -69,8 +70,8 @@ class Examination : public std::enable_shared_from_this<Examination> {
           me->add(Level::ok, "deployment",
                   fmt::format("{} primar{}{}", all.size(), all.size() == 1 ? "y" : "ies",
                               me->commander_.clustered()
-                                  ? ", a Cluster: limits acquired together need one hash slot "
-                                    "(option hash_tag)"
+                                  ? ", a Cluster: limits acquired together, and what is all or nothing, "
+                                    "need one hash slot (option hash_tag)"
                                   : ""));
           me->add(took > 100'000 ? Level::warning : Level::ok, "latency",
                   fmt::format("INFO took {:.1f} ms", static_cast<double>(took) / 1000));
@@ -94,14 +95,15 @@ class Examination : public std::enable_shared_from_this<Examination> {
           fmt::format("maxmemory {}, noeviction: when it is full, requests are refused", most));
     else
       add(Level::warning, "memory",
-          fmt::format("maxmemory {} with {}: when it is full, limits may be evicted and start afresh; use "
+          fmt::format("maxmemory {} with {}: when it is full, limits, locks and keys may be evicted and "
+                      "start afresh; use "
                       "noeviction, or a server of their own",
                       most, policy));
     const bool aof = info_field(info, "aof_enabled") == "1";
     add(Level::ok, "persistence",
-        aof ? "append-only file: a restart keeps limits"
+        aof ? "append-only file: a restart keeps limits, and state but for the last second (appendfsync)"
             : "no append-only file: after a restart limits start afresh or from the last snapshot, which may "
-              "grant one further burst");
+              "grant one further burst; locks, dedup keys and other state are forgotten");
     if (info_field(info, "role") == "slave")
       add(Level::error, "role", "it is a replica: limits need the primary");
     const std::string_view clients = info_field(info, "maxclients");
@@ -151,7 +153,14 @@ class Examination : public std::enable_shared_from_this<Examination> {
     probe({"HGET", key, "x"});
     probe({"HDEL", key, "x"});
     probe({"HSET", key, "x", "1"});
+    probe({"HINCRBY", key, "x", "1"});
     probe({"DEL", key});
+    probe({"HMGET", key, "x"});
+    probe({"GETRANGE", key, "0", "0"});
+    probe({"PERSIST", key});
+    probe({"PEXPIREAT", key, "1"});
+    probe({"UNLINK", key});
+    probe({"ZSCORE", key, "x"});
     probe({"ZRANGE", key, "0", "0"});
     probe({"ZRANGEBYSCORE", key, "0", "0"});
     probe({"ZREVRANGEBYSCORE", key, "0", "0"});
@@ -160,6 +169,10 @@ class Examination : public std::enable_shared_from_this<Examination> {
     probe({"ZREMRANGEBYSCORE", key, "0", "0"});
     probe({"SCAN", "0", "COUNT", "1"});
     probe({"PUBLISH", channel_, "doctor"});
+    for (const std::string& prefix : prefixes_) {
+      probe({"HGETALL", prefix + "state:{0}:doctor"});
+      probe({"PUBLISH", prefix + "locks:wake:doctor", "doctor"});
+    }
     return out;
   }
 
@@ -178,7 +191,10 @@ class Examination : public std::enable_shared_from_this<Examination> {
       return finish();
     }
     std::string name(all[next][0]);
-    commander_.call(prefix_, all[next], deadline_,
+    // All but SCRIPT, SCAN and PUBLISH name their key first, those of other keys than prefix_ in another
+    // slot.
+    const std::string key(name == "HGETALL" ? all[next][1] : std::string_view(prefix_));
+    commander_.call(key, all[next], deadline_,
                     [me = shared_from_this(), name = std::move(name), next](const Result<Reply>& reply) {
                       me->missing(name, reply);
                       me->ask_rights(next + 1);
@@ -200,8 +216,8 @@ class Examination : public std::enable_shared_from_this<Examination> {
     }
     add(Level::error, "rights",
         fmt::format("this user may not use {}: let an administrator say ACL SETUSER <user>{} ~<key_prefix>:* "
-                    "&<key_prefix>:*",
-                    names, grants));
+                    "&<key_prefix>:*{}",
+                    names, grants, prefixes_.empty() ? "" : " ~<prefix>* &<prefix>* (of state and locks)"));
   }
 
   Commander& commander_;
@@ -209,6 +225,7 @@ class Examination : public std::enable_shared_from_this<Examination> {
   const std::string channel_;
   const Nanos deadline_;
   const std::size_t pool_max_size_;
+  const std::vector<std::string> prefixes_;
   const store::Callback<std::vector<Finding>> done_;
   std::vector<Finding> findings_;
   std::vector<std::string> missing_;

@@ -212,7 +212,15 @@ void RedisStore::initialize(store::Callback<store::Unit> done) {
 }
 
 void RedisStore::doctor(store::Callback<std::vector<store::Finding>> done) {
-  examine({*commander_, limits_->keys(), deadline(), options_.pool_max_size}, std::move(done));
+  std::vector<std::string> prefixes;
+  {
+    const std::scoped_lock guard(lock_);
+    for (const auto& [prefix, made] : states_) prefixes.push_back(prefix);
+    for (const auto& [prefix, made] : locks_)
+      if (!states_.contains(prefix)) prefixes.push_back(prefix);
+  }
+  examine({*commander_, limits_->keys(), deadline(), options_.pool_max_size, std::move(prefixes)},
+          std::move(done));
 }
 
 }  // namespace ratesync::redis

@@ -278,6 +278,9 @@ std::int64_t RedisStateStore::read_row(StateReply& reply, Answers& from, std::st
   if (code < 10) return code;
   const std::string type = from.text();
   reply.has_value = parse_value(reply.value, type.empty() ? -1 : type[0] - '0', from.text());
+  if (!reply.has_value)
+    reply.status =
+        Status::make(Code::protocol, "a row of state was changed by hand: its value is not of its type");
   if (id) *id = from.text();
   return code;
 }
