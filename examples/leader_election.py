@@ -1,4 +1,4 @@
-"""One of three replicas works at a time; when it goes, the next one takes over, and its late writes are refused.
+"""One of three replicas works at a time; when it goes, the next takes over, and its late writes are refused.
 
     python examples/leader_election.py
 
@@ -12,7 +12,7 @@ import ratesync
 
 
 class Ledger:
-    """Stands for the storage that the leader writes to: it remembers the newest token and refuses older ones."""
+    """Stands for the storage of the leader: it remembers the newest token and refuses older ones."""
 
     def __init__(self) -> None:
         self.newest = 0
@@ -45,7 +45,8 @@ async def main() -> None:
     ledger, leaders = Ledger(), []
     await asyncio.gather(*(replica(name, ledger, leaders) for name in ("a", "b", "c")))
     late = ledger.write(leaders[0], "a, long after")
-    print(f"{len(leaders)} leaders, tokens grow: {leaders == sorted(set(leaders))}, a late write passed: {late}")
+    grow = leaders == sorted(set(leaders))
+    print(f"{len(leaders)} leaders, tokens grow: {grow}, a late write passed: {late}")
 
 
 if __name__ == "__main__":
