@@ -24,6 +24,7 @@ import pytest
 import redis.asyncio
 
 import ratesync
+from ratesync import fencing
 
 SPAWN = multiprocessing.get_context("spawn")
 PROCESSES = 8
@@ -200,8 +201,7 @@ async def test_each_due_timeout_goes_to_exactly_one_claimer(workers, options, st
 
 # Locks --------------------------------------------------------------------------------------------
 
-GUARDED = "CREATE TABLE guarded (token bigint NOT NULL); INSERT INTO guarded VALUES (0)"
-WRITE = "UPDATE guarded SET token = $1 WHERE token <= $1"
+GUARDED = "CREATE TABLE guarded (fence bigint); INSERT INTO guarded VALUES (0)"
 WRITE_LUA = """
 if tonumber(ARGV[1]) < tonumber(redis.call('GET', KEYS[1]) or '0') then return 0 end
 redis.call('SET', KEYS[1], ARGV[1])
@@ -210,7 +210,7 @@ return 1
 
 
 class Guard:
-    """A resource of the caller's own that refuses older tokens, on the same server, past ratesync."""
+    """A resource of our own on the same server, which refuses older tokens: by triggers, or a script."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         self._options = options
@@ -228,10 +228,16 @@ class Guard:
     async def create(self) -> None:
         if self._options["engine"] == "postgres":
             await self._postgres.execute(GUARDED)
+            await fencing.guard(self._postgres, "guarded")
 
     async def write(self, token: int) -> bool:
         if self._options["engine"] == "postgres":
-            return await self._postgres.execute(WRITE, token) == "UPDATE 1"
+            try:
+                return await self._postgres.execute("UPDATE guarded SET fence = $1", token) == "UPDATE 1"
+            except asyncpg.PostgresError as error:
+                if not fencing.is_stale(error):
+                    raise
+                return False
         return bool(await self._redis.eval(WRITE_LUA, 1, "guarded", token))
 
     async def count(self, by: int) -> int:
