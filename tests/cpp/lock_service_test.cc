@@ -614,9 +614,37 @@ TEST(LockShutdown, WaitingEndsHeldIsGivenBackAndOnlyThenItSaysGoodbye) {
   EXPECT_EQ(rig.locks.pending(), "release b");
   rig.locks.done();
   EXPECT_TRUE(goodbye);
-  rig.said_goodbye = true;
   LockAcquire* late = rig.start();
   EXPECT_EQ(rig.failed(late), Code::closed);
+}
+
+TEST(LockShutdown, TwiceEverybodyIsTold) {
+  LockRig rig;
+  const HeldLockRef lease = rig.held();
+  int told = 0;
+  rig.service.shutdown([&] { told += 1; });
+  rig.service.shutdown([&] { told += 10; });
+  EXPECT_EQ(told, 0);
+  rig.locks.done();
+  EXPECT_EQ(told, 11);
+  rig.service.shutdown([&] { told += 100; });
+  EXPECT_EQ(told, 111);
+  rig.pass(kSecond);
+  EXPECT_EQ(told, 111);
+}
+
+TEST(LockShutdown, AStoreThatDoesNotAnswerIsWaitedForOnlySoLong) {
+  LockRig rig;
+  const HeldLockRef lease = rig.held();
+  bool goodbye = false;
+  rig.service.shutdown([&] { goodbye = true; });
+  EXPECT_EQ(rig.locks.pending(), "release a");
+  rig.pass(690 * kMilli);
+  EXPECT_FALSE(goodbye);
+  rig.pass(20 * kMilli);
+  EXPECT_TRUE(goodbye);
+  rig.locks.done();  // too late: nobody is told twice
+  EXPECT_EQ(rig.timers.size(), 0U);
 }
 
 }  // namespace

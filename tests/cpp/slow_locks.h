@@ -116,7 +116,8 @@ struct LockRig {
   ~LockRig() {
     // What the store still has is answered at the latest when it closes.
     keeper.shutdown();
-    service.shutdown([this] { said_goodbye = true; });
+    bool said_goodbye = false;
+    service.shutdown([&] { said_goodbye = true; });
     while (!locks.asked.empty()) locks.fail(Code::closed);
     EXPECT_TRUE(said_goodbye);
     arrivals->forget();
@@ -184,7 +185,6 @@ struct LockRig {
   std::shared_ptr<Arrivals> arrivals = std::make_shared<Arrivals>();
   store::SpaceRef space = std::make_shared<const store::Space>();
   LockService service{locks, keeper, timers, true, [](const std::function<void()>& work) { work(); }, 1};
-  bool said_goodbye = false;
 };
 
 }  // namespace ratesync::engine

@@ -25,6 +25,21 @@ constexpr Nanos kAnswerTime = 2 * kSecond;
 // How long an answer that was lost is asked for again.
 constexpr Nanos kDoubtTime = 10 * kSecond;
 constexpr int kUnwantedTries = 3;
+// How long the end waits for answers: releases that do not get through leave it to the ttl.
+constexpr Nanos kGoodbyeTime = 700 * kMilli;
+
+// Rings once; whatever it calls may destroy it.
+class Patience final : public TimerNode {
+ public:
+  explicit Patience(std::function<void()> over) : over_(std::move(over)) {}
+  void fire() override {
+    const std::function<void()> over = over_;
+    over();
+  }
+
+ private:
+  const std::function<void()> over_;
+};
 
 Status shut_down() {
   return Status::make(Code::closed, "the engine was shut down; configure the store again to go on");
@@ -367,7 +382,23 @@ void LockService::unwanted(LockAcquire* task) {
 
 void LockService::shutdown(std::function<void()> done) {
   closing_ = true;
-  farewell_ = std::move(done);
+  if (farewell_) {  // under way: the store was closed, and then the engine
+    farewell_ = [first = std::move(farewell_), second = std::move(done)] {
+      first();
+      second();
+    };
+    return;
+  }
+  const auto goodbye = [this] {
+    if (farewell_) std::exchange(farewell_, nullptr)();
+  };
+  auto patience = std::make_shared<Patience>(goodbye);
+  timers_.arm(*patience, saturating_add(timers_.now(), kGoodbyeTime));
+  farewell_ = [this, patience, done = std::move(done)] {
+    timers_.cancel(*patience);
+    done();
+  };
+  ++in_store_;  // until all of it is asked for
   std::vector<LockAcquire*> all;
   for (auto& [key, name] : names_) {
     timers_.cancel(*name);
@@ -378,6 +409,7 @@ void LockService::shutdown(std::function<void()> done) {
     cancel(task, Outcome::failed);
   }
   while (held_) let_go(std::static_pointer_cast<HeldLock>(held_->shared_from_this()));
+  --in_store_;
   farewell();
 }
 
