@@ -210,6 +210,44 @@ TEST(StateService, ABatchIsTakenBackWhole) {
   EXPECT_EQ(rig.store.batches.size(), 1u);
 }
 
+TEST(StateService, AQuestionIsAnsweredOnceInTime) {
+  StateRig rig;
+  std::vector<store::Callback<int>> asked;
+  std::vector<std::string> answers;
+  const auto ask = [&](bool changes, bool prompt = false) {
+    rig.service.ask<int>(
+        kSecond, changes,
+        [&asked, prompt](store::Callback<int> done) {
+          if (prompt) return done(1);
+          asked.push_back(std::move(done));
+        },
+        [&answers](Result<int> result) {
+          answers.emplace_back(result.ok() ? "answered" : to_string(result.status().code));
+        });
+  };
+  ask(true, true);
+  ask(true);
+  asked[0](1);
+  asked[0](1);  // a store that answers twice is told nothing
+  EXPECT_EQ(answers, (std::vector<std::string>{"answered", "answered"}));
+  answers.clear();
+  ask(true);
+  ask(false);
+  ask(false);
+  rig.run(kSecond);
+  EXPECT_TRUE(answers.empty());
+  asked[3](1);
+  rig.run(kSecond);
+  EXPECT_EQ(answers, (std::vector<std::string>{"answered", "in_doubt", "timeout"}));
+  asked[1](1);
+  ask(false);
+  rig.service.shutdown();
+  ask(false);
+  asked[4](1);
+  EXPECT_EQ(answers, (std::vector<std::string>{"answered", "in_doubt", "timeout", "closed", "closed"}));
+  EXPECT_EQ(rig.service.in_store(), 0u);
+}
+
 // Every call ends exactly once, whatever meets: answers, deadlines, cancels, sending.
 TEST(StateService, EndsEveryCallOnceWhateverMeets) {
   for (unsigned seed = 1; seed <= 30; ++seed) {

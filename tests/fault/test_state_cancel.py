@@ -224,6 +224,23 @@ async def test_a_write_without_an_answer_is_in_doubt_at_its_deadline_and_a_read_
     assert await state.many([ops.get("a"), ops.get("b"), ops.get("c")]) == ["1", "1", "1"]
 
 
+async def test_a_scan_and_a_claim_end_at_their_deadline(state: ratesync.State, proxy: TcpProxy) -> None:
+    hasty = state.store.state(timeout=0.2)
+    await hasty.schedule("due", 0)
+    proxy.stall("replies")
+    page, claim = await asyncio.wait_for(
+        asyncio.gather(hasty._scan(None, "", "", 10), hasty.claim_due(lease=0.001), return_exceptions=True),
+        10,
+    )
+    assert isinstance(page, ratesync.StoreTimeoutError)
+    assert isinstance(claim, ratesync.InDoubtError)
+    proxy.resume()
+    assert [key async for key, _ in state.scan()] == ["warm"]
+    async with asyncio.timeout(10):
+        while [due.key for due in await state.claim_due()] != ["due"]:
+            await asyncio.sleep(0.01)
+
+
 async def test_what_waits_for_a_connection_until_its_deadline_was_not_executed(proxy: TcpProxy) -> None:
     proxy.stall("requests")
     state = ratesync.get_store("s").state(timeout=0.2)

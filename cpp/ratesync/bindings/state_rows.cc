@@ -85,6 +85,22 @@ PyObject* page_to_python(const store::StatePage& page, PyObject* decode) {
 
 }  // namespace
 
+namespace {
+
+// A call of the store, within the timeout of the state.
+template <class T>
+PyObject* bounded(const StateImpl& impl, bool changes, std::function<void(store::Callback<T>)> work,
+                  std::function<PyObject*(T&)> shape) {
+  return make_call<T>(
+      impl.engine, impl.store_id,
+      [service = impl.service, timeout = impl.timeout, changes, work = std::move(work)](auto done) {
+        service->ask<T>(timeout, changes, work, std::move(done));
+      },
+      std::move(shape));
+}
+
+}  // namespace
+
 PyObject* state_claim_due(PyObject* self, PyObject* const* args, Py_ssize_t nargs, PyObject* kwnames) {
   static const Signature kSignature = signature("claim_due", 2, {"limit", "lease", "kind"});
   PyObject* given[3];
@@ -101,8 +117,8 @@ PyObject* state_claim_due(PyObject* self, PyObject* const* args, Py_ssize_t narg
     kind = utf8(given[2]);
   }
   store::StateStore* store = &impl->service->store();
-  return make_call<std::vector<store::DueKey>>(
-      impl->engine, impl->store_id,
+  return bounded<std::vector<store::DueKey>>(
+      *impl, true,
       [store, space = impl->space, kind, count = static_cast<std::size_t>(limit), lease](auto done) {
         store->claim_due(space, kind, count, lease, std::move(done));
       },
@@ -137,8 +153,8 @@ PyObject* state_scan(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
   Py_DECREF(bytes);
   PyObject* decode = self_of(self)->decode;
   store::StateStore* store = &impl->service->store();
-  return make_call<store::StatePage>(
-      impl->engine, impl->store_id,
+  return bounded<store::StatePage>(
+      *impl, false,
       [store, space = impl->space, kind, prefix, cursor, count = static_cast<std::size_t>(page_size)](
           auto done) { store->scan(space, kind, prefix, cursor, count, std::move(done)); },
       [codec = pybind11::reinterpret_borrow<pybind11::object>(decode)](store::StatePage& page) {

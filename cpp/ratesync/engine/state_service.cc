@@ -13,28 +13,26 @@ constexpr Nanos kPatience = kSecond / 4;
 // Deadlines are looked after no more often than this.
 constexpr Nanos kTick = 5 * kMilli;
 
-const Status& gone() {
-  static const Status status =
-      Status::make(Code::closed, "the engine was shut down; configure the store again to go on");
-  return status;
-}
-
 // What the store had executed by then is not known, unless it was a read.
 bool writes(const store::StateOp& op) { return op.verb != store::StateOp::Verb::get; }
 
-const Status& read_lost() {
+}  // namespace
+
+Status StateService::gone() {
+  return Status::make(Code::closed, "the engine was shut down; configure the store again to go on");
+}
+
+const Status& InStore::no_answer() {
   static const Status status =
       Status::make(Code::timeout, "no answer from the store within the timeout; nothing was changed");
   return status;
 }
 
-}  // namespace
-
 // --- one operation --------------------------------------------------------------------------------
 
 void StateTask::start() {
   if (service_.closing()) {
-    failure_ = gone();
+    failure_ = StateService::gone();
     return finish();
   }
   state_ = State::in_store;
@@ -60,7 +58,7 @@ bool StateTask::give_up(const Status& unsent, const Status& sent, bool all) {
     failure_ = unsent;
   } else {
     if (!all) return false;
-    failure_ = writes(*this) || sent.code != Code::in_doubt ? sent : read_lost();
+    failure_ = writes(*this) || sent.code != Code::in_doubt ? sent : no_answer();
     ref();  // the store's
   }
   finish();
@@ -82,7 +80,7 @@ StateManyTask::Part& StateManyTask::add() {
 
 void StateManyTask::start() {
   if (service_.closing()) {
-    failure_ = gone();
+    failure_ = StateService::gone();
     return finish();
   }
   state_ = State::in_store;
@@ -139,7 +137,7 @@ bool StateManyTask::give_up(const Status& unsent, const Status& sent, bool all) 
       part.failure_ = unsent;
       --left_;
     } else if (all) {
-      part.failure_ = writes(part) || sent.code != Code::in_doubt ? sent : read_lost();
+      part.failure_ = writes(part) || sent.code != Code::in_doubt ? sent : no_answer();
     }
   }
   if (left_ > 0) {
@@ -227,7 +225,7 @@ std::size_t StateService::in_store() const {
 
 Result<StateService*> StateServices::get(const std::string& prefix) {
   const std::lock_guard lock(mutex_);
-  if (closing_) return gone();
+  if (closing_) return StateService::gone();
   const auto known = services_.find(prefix);
   if (known != services_.end()) return known->second.get();
   Result<store::StateStore*> made = store_.state(prefix);

@@ -15,10 +15,12 @@
 
 #include <atomic>
 #include <deque>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "ratesync/engine/completion.h"
@@ -38,6 +40,7 @@ class InStore {
 
  protected:
   virtual ~InStore() = default;
+  static const Status& no_answer();  // of what changes nothing
   void unlink() {
     previous_->next_ = next_;
     next_->previous_ = previous_;
@@ -123,11 +126,45 @@ class StateManyTask final : public Acquisition, public store::StateBatch, public
   Status failure_;
 };
 
+// What a store was asked that cannot be taken back: pages of a scan, due timeouts. Keeps itself alive until
+// it is finished; an answer that comes later is dropped.
+template <class T>
+class StateQuestion final : public InStore {
+ public:
+  explicit StateQuestion(bool changes, store::Callback<T> done) : changes_(changes), done_(std::move(done)) {}
+  void answer(Result<T> result) {
+    if (!done_) return;
+    unlink();
+    const std::shared_ptr<StateQuestion> last = std::move(self);
+    std::exchange(done_, nullptr)(std::move(result));
+  }
+  std::shared_ptr<StateQuestion> self;
+
+ private:
+  bool give_up(const Status&, const Status& sent, bool all) override {
+    if (!all) return false;
+    answer(changes_ || sent.code != Code::in_doubt ? sent : no_answer());
+    return true;
+  }
+  const bool changes_;
+  store::Callback<T> done_;
+};
+
 class StateService final : public TimerNode {
  public:
   StateService(store::StateStore& store, Timers& timers) : store_(store), timers_(timers) {}
   ~StateService() override { timers_.cancel(*this); }
 
+  // Lets `work` ask the store, and answers by `done` exactly once, within the timeout.
+  template <class T>
+  void ask(Nanos timeout, bool changes, const std::function<void(store::Callback<T>)>& work,
+           store::Callback<T> done) {
+    if (closing()) return done(gone());
+    auto question = std::make_shared<StateQuestion<T>>(changes, std::move(done));
+    question->self = question;
+    watch(*question, saturating_add(timers_.now(), timeout));
+    work([question](Result<T> result) { question->answer(std::move(result)); });
+  }
   void shutdown();  // everything under way is answered with Code::closed
   void fire() override;
 
@@ -138,7 +175,9 @@ class StateService final : public TimerNode {
  private:
   friend class StateTask;
   friend class StateManyTask;
+  friend class StateServices;
 
+  static Status gone();
   void watch(InStore& what, Nanos deadline);
   void look_after(InStore& what, Nanos now);
   void arm(Nanos at);
