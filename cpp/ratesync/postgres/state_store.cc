@@ -18,7 +18,7 @@ namespace {
 
 constexpr std::size_t kMaxBatch = 1'000;
 constexpr std::size_t kMaxQueue = 100'000;  // per lane
-constexpr std::size_t kEnough = 32;
+constexpr std::size_t kEnough = 16;
 constexpr std::size_t kNameBytes = 255;
 constexpr std::size_t kKeyBytes = 1'024;
 
@@ -136,6 +136,7 @@ void PgStateStore::push(QueuedState item) {
   if (!ticket.ok()) return fail(item, ticket.status());  // refused: the item is still ours
   each_slot(copy, [&](std::size_t slot) { ++(copy.wide ? wide_ : ordinary_)[slot]; });
   tickets_[op] = {&lane, ticket.value()};
+  ++inside_;
   pump(lane);
 }
 
@@ -143,22 +144,24 @@ PgStateStore::Lane& PgStateStore::lane_for(const QueuedState& item) {
   if (item.wide) return *lanes_.back();
   const std::size_t slot = item.bucket % kSlots, ordinary = lanes_.size() - 1;
   if (ordinary_[slot] > 0) return *lanes_[lane_of_slot_[slot]];
-  // One that leaves next, until it has enough aboard to be worth it: then the next one, so that client and
-  // server work at the same time.
+  // One that leaves next, until it has its share aboard; then where the fewest wait. Client and server work
+  // at the same time on trips of about the same size.
+  const std::size_t share = std::max<std::size_t>(kEnough, inside_ / ordinary);
   std::size_t best = 0;
   for (std::size_t i = 0; i < ordinary; ++i) {
-    const Lane &one = *lanes_[i], &other = *lanes_[best];
-    if (!one.flying && one.batcher.queued() < kEnough) {
+    const Lane& one = *lanes_[i];
+    if (!one.flying && one.batcher.queued() < share) {
       best = i;
       break;
     }
-    if (one.flying != other.flying ? other.flying : one.batcher.queued() < other.batcher.queued()) best = i;
+    if (one.batcher.queued() < lanes_[best]->batcher.queued()) best = i;
   }
   lane_of_slot_[slot] = static_cast<std::uint8_t>(best);
   return *lanes_[best];
 }
 
 void PgStateStore::forget(const QueuedState& item) {
+  --inside_;
   each_slot(item, [&](std::size_t slot) { --(item.wide ? wide_ : ordinary_)[slot]; });
   if (!item.wide && held_) poke();
 }

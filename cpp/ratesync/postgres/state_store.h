@@ -128,6 +128,7 @@ class PgStateStore final : public store::StateStore {
   // Operations that are in the store, by keys that share a slot: in the ordinary lanes and in the wide one.
   std::array<std::uint32_t, kSlots> ordinary_{}, wide_{};
   std::array<std::uint8_t, kSlots> lane_of_slot_{};  // where there are ordinary ones
+  std::size_t inside_ = 0;                           // all of them
   TripPtr held_;                           // of the wide lane: waits for keys that ordinary lanes still carry
   std::uint64_t created_ = 0, found_ = 0;  // of the latest creations, decaying: which statement suits them
   std::minstd_rand random_;
