@@ -20,6 +20,9 @@ constexpr Nanos kTurn = 60 * kSecond;  // jittered by a half either way
 // Under another isolation level than read committed, which a pooler may force on us, the snapshot comes a
 // moment before the lock. In the background nobody waits, so that moment may pass.
 constexpr Nanos kMoment = kSecond;
+// While a dead row lies there it tells whether an operation was carried out whose answer was lost; those are
+// looked into for a minute at most.
+constexpr Nanos kDeadFor = 120 * kSecond;
 constexpr Nanos kWriterPause = 5 * kMilli;
 constexpr Nanos kWriterPatience = 10 * kSecond;
 
@@ -93,7 +96,8 @@ void PgStateStore::raise_floors(const PurgePtr& purge) {
   purge->looked = false;
   purge->writers.clear();
   Call call{&sql_.raise_floors,
-            {Param::text(std::to_string(purge->limit)), Param::text(purge->background ? "t" : "f")}};
+            {Param::text(std::to_string(purge->limit)), Param::text(purge->background ? "t" : "f"),
+             Param::text(std::to_string(purge->background ? kDeadFor / kMilli : 0))}};
   ask(purge, std::move(call), [this, purge](const Rows& rows) {
     purge->floors.clear();
     for (int r = 0; r < rows.rows(); ++r) purge->floors.emplace_back(rows.number(r, 0), rows.number(r, 1));

@@ -315,7 +315,7 @@ RETURNING t.kind, t.key, @ms(t.due_at)@, t.claim)";
 constexpr const char* kRaiseFloors = R"(
 WITH dead AS MATERIALIZED (
   SELECT bucket, version, expires_at FROM {state}
-  WHERE expires_at <= statement_timestamp()
+  WHERE expires_at <= statement_timestamp() - $3::int8 * interval '1 millisecond'
     AND (NOT $2::bool OR (SELECT pg_try_advisory_xact_lock(hashtextextended('ratesync purge ' || {state_name}, 0))))
   ORDER BY expires_at LIMIT $1::int8
 ), raised AS (
