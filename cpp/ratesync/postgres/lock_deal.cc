@@ -30,6 +30,7 @@ void PgLockStore::begin_trip(Lane& lane, ItemBatcher::Batch batch, PgPool::Lease
                              unsigned in_a_row) {
   auto trip = std::make_shared<Trip>(lane, std::move(batch), std::move(connection));
   trip->trips_in_a_row = in_a_row;
+  trip->began = clock_.now();
   trip->pending.reserve(trip->batch.ops.size());
   for (LockItem& item : trip->batch.ops) {
     tickets_.erase(item.op);

@@ -26,6 +26,9 @@ constexpr Nanos kPurgePause = 60 * kSecond;
 // A connection is given back after so many trips, so that others get their turn.
 constexpr unsigned kTripsInARow = 16;
 
+// How long a trip waits at most for callers who are expected back, whatever the last one took.
+constexpr Nanos kGatherMost = kMilli / 4;
+
 constexpr std::size_t kSpaceBytes = 255;
 constexpr std::size_t kNameBytes = 1'024;
 
@@ -77,7 +80,7 @@ PgLockStore::PgLockStore(PrefixBackend& backend)
                  }}) {
   const std::size_t count = std::max<std::size_t>(backend.options().lanes, 1);
   for (std::size_t i = 0; i < count; ++i)
-    lanes_.push_back(std::make_unique<Lane>(batch::BatcherOptions{kMaxBatch, kMaxQueue, 1}));
+    lanes_.push_back(std::make_unique<Lane>(batch::BatcherOptions{kMaxBatch, kMaxQueue, 1}, backend.io()));
 }
 
 PgLockStore::~PgLockStore() { *alive_ = false; }
@@ -187,8 +190,23 @@ void PgLockStore::fail_overdue() {
     }
 }
 
+// A lone caller is never waited for, and never waits.
+bool PgLockStore::gather(Lane& lane) {
+  if (closing_ || 4 * lane.batcher.queued() >= 3 * lane.expected) return false;
+  const Nanos now = clock_.now();
+  if (now >= lane.gather_until) return false;
+  if (std::exchange(lane.gathering, true)) return true;
+  lane.gather_timer->expires_after(std::chrono::nanoseconds(lane.gather_until - now));
+  lane.gather_timer->async_wait([this, &lane, alive = alive_](const asio::error_code&) {
+    if (!*alive) return;
+    lane.gathering = false;
+    pump(lane);
+  });
+  return true;
+}
+
 void PgLockStore::pump(Lane& lane) {
-  if (lane.busy || lane.batcher.queued() == 0) return;
+  if (lane.busy || lane.batcher.queued() == 0 || gather(lane)) return;
   lane.busy = true;
   ++trips_;
   backend_.when_ready(Facet::locks, [this, &lane, alive = alive_](Status status) {
@@ -240,7 +258,11 @@ void PgLockStore::land(const TripPtr& trip) {
   Lane& lane = trip->lane;
   lane.batcher.finished(trip->batch.id);
   purge();
-  if (trip->connection && trip->connection->open() && trip->trips_in_a_row < kTripsInARow) {
+  const Nanos now = clock_.now();
+  lane.expected = trip->batch.ops.size() + lane.batcher.queued();
+  lane.gather_until = now + std::min((now - trip->began) / 4, kGatherMost);
+  const bool most_are_here = 4 * lane.batcher.queued() >= 3 * lane.expected;
+  if (most_are_here && trip->connection && trip->connection->open() && trip->trips_in_a_row < kTripsInARow) {
     if (auto batch = lane.batcher.take())
       return begin_trip(lane, std::move(*batch), std::exchange(trip->connection, nullptr),
                         trip->trips_in_a_row + 1);

@@ -27,6 +27,7 @@ struct PgLockStore::Trip {
   LockItems freeing;              // of it: what the first in line is told about
   std::size_t keep_call = 0, take_call = 0, notify_call = 0, look_call = 0, queue_call = 0;
   unsigned attempt = 1;  // of the round
+  Nanos began = 0;
 };
 
 // What a round decided, before anybody is told.
