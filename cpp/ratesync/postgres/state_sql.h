@@ -50,7 +50,8 @@ struct StateSql {
   // $1 namespace, $2 tenant, $3 limit, $4 lease ms, $5 kind (NULL: all). Row: kind, key, due ms, claim.
   Statement claim;
 
-  // $1 limit, $2 bool: only while nobody else does, $3 ms: dead for so long. Row: bucket, version, newest expiry in us.
+  // $1 limit, $2 bool: only while nobody else does, $3 ms: dead for so long. Row: bucket, version, newest
+  // expiry in us.
   Statement raise_floors;
   // $1 text[] transactions or NULL. Row: those of them (NULL: all) that may write the table.
   Statement writers;

@@ -234,7 +234,7 @@ void PgStateStore::take_off(Lane& lane, Result<PgPool::Lease> connection) {
     --trips_;
     return maybe_closed();
   }
-  begin_trip(lane, std::move(*batch), std::move(connection.value()), 1);
+  begin_trip(lane, std::move(*batch), std::move(connection.value()));
 }
 
 void PgStateStore::fail_queued(Lane& lane, const Status& status) {

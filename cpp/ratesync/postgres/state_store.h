@@ -82,7 +82,7 @@ class PgStateStore final : public store::StateStore {
   void with_connection(std::function<void(Result<PgPool::Lease>)> use);
 
   // state_trip.cc
-  void begin_trip(Lane& lane, StateBatcher::Batch batch, PgPool::Lease connection, unsigned in_a_row);
+  void begin_trip(Lane& lane, StateBatcher::Batch batch, PgPool::Lease connection);
   void start_round(const TripPtr& trip);
   template <class Visit>
   static void each_slot(const QueuedState& item, Visit visit) {

@@ -19,8 +19,6 @@ namespace {
 constexpr unsigned kAttempts = 12;
 constexpr unsigned kRaces = 20;
 constexpr unsigned kLongestPause = 5;  // as a power of two, in milliseconds
-// A connection is given back after so many trips, so that others get their turn.
-constexpr unsigned kTripsInARow = 16;
 constexpr std::size_t kRoundBytes = 16'000'000;
 
 Nanos deadline_of(const QueuedState& item) { return item.batch ? item.batch->deadline : item.op->deadline; }
@@ -30,10 +28,8 @@ void sort_by_arrival(StateItems& items) { std::sort(items.begin(), items.end());
 
 }  // namespace
 
-void PgStateStore::begin_trip(Lane& lane, StateBatcher::Batch batch, PgPool::Lease connection,
-                              unsigned in_a_row) {
+void PgStateStore::begin_trip(Lane& lane, StateBatcher::Batch batch, PgPool::Lease connection) {
   auto trip = std::make_shared<Trip>(lane, std::move(batch), std::move(connection));
-  trip->trips_in_a_row = in_a_row;
   lane.flying = true;
   trip->pending.reserve(trip->batch.ops.size());
   for (QueuedState& item : trip->batch.ops) {
@@ -151,8 +147,8 @@ void PgStateStore::answered(const TripPtr& trip, PipelineResult result) {
     if (item->op->reply.outcome == store::StateReply::Outcome::exists) ++found_;
     if (created_ >= 512) created_ /= 2, found_ /= 2;
   }
-  // Their keys are free, and the next statement leaves before the callers of this one are told: server and
-  // client overlap. `trip` keeps the items alive.
+  // Their keys are free, and the next round leaves before the callers of this one are told: server and client
+  // overlap. `trip` keeps the items alive.
   for (const QueuedState* item : dealt.done) forget(*item);
   trip->pending = std::move(dealt.again);
   trip->pending.insert(trip->pending.end(), trip->round.later.begin(), trip->round.later.end());
@@ -241,11 +237,7 @@ void PgStateStore::reconnect(const TripPtr& trip) {
 void PgStateStore::land(const TripPtr& trip) {
   Lane& lane = trip->lane;
   lane.batcher.finished(trip->batch.id);
-  if (trip->connection && trip->connection->open() && trip->trips_in_a_row < kTripsInARow) {
-    if (auto batch = lane.batcher.take())
-      return begin_trip(lane, std::move(*batch), std::exchange(trip->connection, nullptr),
-                        trip->trips_in_a_row + 1);
-  }
+  // The next trip takes off in a later turn of the loop: who is answered now may come along.
   lane.busy = lane.flying = false;
   --trips_;
   if (trip->connection) backend_.pool().put(std::exchange(trip->connection, nullptr));

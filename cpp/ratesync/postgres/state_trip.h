@@ -16,11 +16,10 @@ struct PgStateStore::Trip {
   Lane& lane;
   StateBatcher::Batch batch;  // owns the items
   PgPool::Lease connection;
-  unsigned trips_in_a_row = 1;  // on this connection, without giving it back
-  StateItems pending;           // not answered yet, in the order of their arrival
-  StateItems held;              // of the wide lane: behind keys that others carry
-  StateRound round;             // under way
-  unsigned cuts = 0;            // names for the parts of stages that were cut
+  StateItems pending;  // not answered yet, in the order of their arrival
+  StateItems held;     // of the wide lane: behind keys that others carry
+  StateRound round;    // under way
+  unsigned cuts = 0;   // names for the parts of stages that were cut
   unsigned lost_connections = 0;
   unsigned pauses = 0;  // in a row
   bool pause = false;   // before the next round
