@@ -35,6 +35,7 @@ DEFAULT_PREFIX = "acteon_"
 MAX_PREFIX_BYTES = 40  # a table's name has at most 63 bytes
 MAX_NAME_BYTES = 255  # namespace, tenant, kind
 MAX_KEY_BYTES = 1024
+MAX_SECONDS = 32_000_000_000.0  # 1000 years, as in the core
 
 # Kept by the services whose files say so; not by this version.
 FUTURE_BACKENDS = ("dynamodb", "clickhouse")
@@ -156,6 +157,8 @@ def check_seconds(field: str, value: object, where: str, *, zero: bool = False) 
         seconds = float(value)
     except OverflowError:
         seconds = math.inf
-    if not math.isfinite(seconds) or seconds < 0 or (seconds == 0 and not zero):
+    if math.isnan(seconds) or seconds < 0 or (seconds == 0 and not zero):
         fail(where, field, "is not valid", expected, repr(value))
+    if seconds > MAX_SECONDS:
+        fail(where, field, "is longer than 1000 years", expected, repr(value))
     return seconds

@@ -44,6 +44,7 @@ __all__ = ["KIND", "Idempotent", "Operation"]
 KIND = "idempotency"
 MAX_FINGERPRINT = 1024  # characters
 MAX_REASON = 1000  # characters of a failure that is kept
+MAX_RESULT_BYTES = 64 * 2**20 - 2**16  # a value has 64 MiB at most, and the record says more than the result
 FIRST_PAUSE, LONGEST_PAUSE = 0.01, 0.5  # seconds between two looks of who waits for a result
 RETRY_AFTER = 1.0  # seconds, for who does not wait
 
@@ -89,7 +90,7 @@ class Operation:
                 "the body when it is True",
                 "result",
             )
-        copy = json.loads(to_json(value))  # fails here, where the mistake is, and not when the body is over
+        copy = json.loads(_storable(value))  # fails here, where the mistake is, and not when the body is over
         self._result = value
         self._record = {**self._record, "result": copy}
 
@@ -302,8 +303,7 @@ class Idempotent:
             return
         try:
             if self._keep_failures:
-                reason = f"{type(error).__name__}: {error}"[:MAX_REASON]
-                record = {**operation._record, "state": "failed", "error": reason}
+                record = {**operation._record, "state": "failed", "error": _reason(error)}
                 record.pop("result", None)
                 yield self._state._finish(self.key, record, operation._version, self._ttl, KIND)
             else:
@@ -336,6 +336,36 @@ def _record(found: object, key: str) -> dict[str, Any]:
         f"the value of {key!r} of kind {KIND!r} is no record of an operation: something else writes keys of "
         "this kind; give it another kind, namespace or prefix"
     )
+
+
+def _storable(value: Any) -> str:
+    text = to_json(value)
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        raise ConfigValidationError(
+            "the result has a lone surrogate, which cannot be stored: decode what it is made of with "
+            "errors='replace'",
+            "result",
+        ) from None
+    if size > MAX_RESULT_BYTES:
+        raise ConfigValidationError(
+            "the result is too large: store it elsewhere, and give its name as the result",
+            "result",
+            f"at most {MAX_RESULT_BYTES} bytes of JSON",
+            f"{size} bytes",
+        )
+    return text
+
+
+def _reason(error: BaseException) -> str:
+    """What is kept of a failure; whatever its text is, it can be stored."""
+    try:
+        text = str(error)
+    except Exception:
+        text = "(its text cannot be had)"
+    reason = f"{type(error).__name__}: {text}"[:MAX_REASON]
+    return reason.encode(errors="backslashreplace").decode()
 
 
 def _fingerprint(given: object, where: str) -> str | None:

@@ -550,6 +550,35 @@ TEST(LockOutage, InDoubtAtItsTimeoutItIsAnErrorNotARefusal) {
   EXPECT_EQ(task->outcome, Outcome::failed);
 }
 
+TEST(LockOutage, ALostReleaseIsSentAgainWhileTheLeaseLasts) {
+  LockRig rig;
+  LockRelease* release = rig.release(rig.held("a", 3'000));
+  EXPECT_EQ(rig.locks.asked[0]->deadline, rig.clock.now() + 3 * kSecond);
+  rig.run(2 * kSecond);
+  rig.locks.fail(Code::in_doubt);
+  ASSERT_EQ(rig.locks.pending(), "release a");
+  EXPECT_EQ(rig.locks.asked[0]->deadline, rig.clock.now() + kSecond);
+  rig.run(2 * kSecond);
+  rig.locks.fail(Code::in_doubt);
+  EXPECT_EQ(rig.locks.pending(), "");  // others could have it by now
+  ASSERT_TRUE(rig.done(release));
+  EXPECT_EQ(release->status.code, Code::in_doubt);
+  EXPECT_TRUE(release->was_held);
+}
+
+TEST(LockOutage, AFailedReleaseOfALostLeaseSaysThatItWasLost) {
+  LockRig rig;
+  const HeldLockRef lease = rig.held("a", 300, false);
+  rig.run(kSecond);
+  EXPECT_EQ(rig.fate(lease), Fate::lost);
+  LockRelease* release = rig.release(lease);
+  EXPECT_EQ(rig.locks.asked[0]->deadline, rig.clock.now() + kSecond);
+  rig.locks.fail(Code::unavailable);
+  ASSERT_TRUE(rig.done(release));
+  EXPECT_EQ(release->status.code, Code::unavailable);
+  EXPECT_FALSE(release->was_held);
+}
+
 TEST(LockOutage, ADeadStoreFailsOneAfterTheOtherWithoutRecursion) {
   LockRig rig;
   std::vector<LockAcquire*> tasks;

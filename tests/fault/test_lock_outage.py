@@ -1,3 +1,4 @@
+# ruff: noqa: PT012 - what happens inside a `with` block is what is tested
 """Locks on PostgreSQL when answers stay away: what was sent comes back, what is held is lost in time.
 
 A proxy holds answers back, so that a question has been sent and decided when its caller goes.
@@ -12,7 +13,7 @@ import pytest
 
 from ratesync._core import Lock
 from ratesync._engine import Engine
-from ratesync.errors import StoreError
+from ratesync.errors import LockLostError, StoreError
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -107,3 +108,22 @@ async def test_a_lease_is_kept_while_python_is_busy_and_lost_when_the_server_is_
     assert heir is not None
     assert heir.token > lease.token
     await heir.release()
+
+
+async def test_leaving_a_body_whose_lock_was_lost_to_an_outage_raises_at_once(
+    remote: Remote, ratesync_proxy
+) -> None:
+    async with remote.lock(remote.proxied):
+        pass
+    clock = asyncio.get_running_loop().time
+    left = 0.0
+    with pytest.raises(LockLostError):
+        async with remote.lock(remote.proxied, ttl=0.3) as lease:
+            ratesync_proxy.stall()
+            assert await lease.lost_signal() is True
+            left = clock()
+    assert clock() - left < 3, "it waited for a store that is out of reach"
+    with pytest.raises(KeyError):  # what the body raised comes first
+        async with await remote.lock(remote.direct, ttl=0.3).acquire(auto_renew=False) as lease:
+            assert await lease.lost_signal() is True
+            raise KeyError("of the body")

@@ -221,6 +221,44 @@ async def test_a_failure_can_be_kept() -> None:
     assert await run_once() == (False, "done")
 
 
+class Unprintable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError("cannot open 'caf\udce9'"), "OSError: cannot open 'caf\\udce9'"),
+        (ValueError("a\0b"), "ValueError: a\0b"),
+        (Unprintable(), "Unprintable: (its text cannot be had)"),
+    ],
+    ids=["surrogate", "nul", "unprintable"],
+)
+async def test_a_failure_of_any_text_is_kept(error: Exception, reason: str) -> None:
+    with pytest.raises(type(error)):
+        async with ratesync.idempotent("k", on_error="keep"):
+            raise error
+    with pytest.raises(OperationFailedError) as caught:
+        await run_once()
+    assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize("result", ["\ud800", {"\udcff": 1}, "x" * (64 * 2**20)], ids=shortly)
+async def test_a_result_that_cannot_be_stored_is_refused_where_it_is_assigned(result: Any) -> None:
+    async with ratesync.idempotent("k") as op:
+        with pytest.raises(ConfigValidationError, match="the result"):
+            op.result = result
+        op.result = "another"
+    assert await run_once() == (True, "another")
+
+
+@pytest.mark.parametrize("argument", ["ttl", "lease", "wait"])
+def test_a_time_beyond_what_a_store_takes_is_refused_before_the_body_runs(argument: str) -> None:
+    with pytest.raises(ConfigValidationError, match="1000 years"):
+        ratesync.idempotent("k", **{argument: 1e11})
+
+
 async def test_a_cancelled_body_frees_the_key() -> None:
     async def body() -> None:
         async with ratesync.idempotent("k"):

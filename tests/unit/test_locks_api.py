@@ -162,6 +162,43 @@ async def test_a_body_that_released_early_is_fine() -> None:
     await other.release()
 
 
+async def test_a_lease_that_was_asked_for_gives_itself_back() -> None:
+    lease = await ratesync.try_lock("a")
+    assert lease is not None
+    async with lease as entered:
+        assert entered is lease
+        assert lease.held
+    assert await is_free("a")
+    with pytest.raises(RuntimeError, match="given back already: acquire the lock anew"):
+        await lease.__aenter__()
+    with pytest.raises(KeyError):
+        async with await ratesync.lock("a").acquire():
+            raise KeyError("of the body")
+    assert await is_free("a")
+
+
+def test_the_same_in_a_thread_for_a_lease() -> None:
+    lease = ratesync.try_lock("a").wait()
+    assert lease is not None
+    with lease as entered:
+        assert entered is lease
+        assert ratesync.try_lock("a").wait() is None
+    with pytest.raises(RuntimeError, match="given back already"):
+        lease.__enter__()
+    with ratesync.lock("a", timeout=0):
+        pass
+
+
+async def test_a_lost_lease_cannot_be_entered_nor_left_in_silence() -> None:
+    lease = await ratesync.try_lock("a")
+    assert lease is not None
+    with pytest.raises(LockLostError):
+        async with lease:
+            await lose("a")
+    with pytest.raises(LockLostError):
+        await lease.__aenter__()
+
+
 def test_without_renewal_the_lease_ends(ratesync_clock: ManualClock) -> None:
     with pytest.raises(LockLostError), ratesync.lock("a", ttl=10, auto_renew=False) as lease:
         ratesync_clock.advance(9)

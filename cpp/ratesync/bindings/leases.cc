@@ -49,7 +49,7 @@ PyObject* finish_release(PyObject* owner, engine::Completion& completion) {
 
 PyObject* finish_leave(PyObject* owner, LockRelease& task, bool failing) {
   const LeaseObject* self = self_of(owner);
-  if (!task.status.ok()) {
+  if (!task.status.ok() && (task.was_held || failing)) {
     // The body ran under the lock, and the lock ends by itself: nothing to fail for.
     const std::string text = "lock '" + self->lease->name + "': not given back, it ends with its ttl of " +
                              std::to_string(self->lease->ttl_ms()) + " ms: " + task.status.message;
@@ -112,6 +112,31 @@ PyObject* lease_lost_signal(PyObject* object, PyObject*) {
   LeaseObject* self = self_of(object);
   if (!self->home->ours()) return raise_of_parent(self);
   return signal_call(self->home->engine, object, self->lease);
+}
+
+// --- with -----------------------------------------------------------------------------------------
+
+// The lease of try_lock() and acquire() gives itself back at the end of a `with`.
+PyObject* lease_enter(PyObject* object, PyObject*) {
+  LeaseObject* self = self_of(object);
+  if (!self->home->ours()) return raise_of_parent(self);
+  switch (self->lease->fate(now_of(self))) {
+    case Kept::Fate::held: return Py_NewRef(object);  // its own awaitable
+    case Kept::Fate::lost: return raise_lost(self);
+    case Kept::Fate::ended:
+      PyErr_Format(PyExc_RuntimeError, "the lease of lock '%s' was given back already: acquire the lock anew",
+                   self->lease->name.c_str());
+      return nullptr;
+  }
+  Py_UNREACHABLE();
+}
+
+PyObject* lease_aexit(PyObject* object, PyObject* const* args, Py_ssize_t nargs) {
+  return leave_lease(self_of(object), true, nargs > 0 && args[0] != Py_None);
+}
+
+PyObject* lease_exit(PyObject* object, PyObject* const* args, Py_ssize_t nargs) {
+  return leave_lease(self_of(object), false, nargs > 0 && args[0] != Py_None);
 }
 
 // --- the object -----------------------------------------------------------------------------------
@@ -216,6 +241,12 @@ PyMethodDef kMethods[] = {
     {"lost_signal", lease_lost_signal, METH_NOARGS,
      "lost_signal($self, /)\n--\n\nWait until it is lost.\n\nReturns:\n    A `Pending` of True: lost, or "
      "False: released.\n\nExample:\n    if await lease.lost_signal(): ..."},
+    {"__aenter__", lease_enter, METH_NOARGS, "Gives itself; it is given back at the end of the body."},
+    {"__aexit__", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(lease_aexit)), METH_FASTCALL,
+     "Give the lock back."},
+    {"__enter__", lease_enter, METH_NOARGS, "Gives itself; it is given back at the end of the body."},
+    {"__exit__", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(lease_exit)), METH_FASTCALL,
+     "Give the lock back."},
     {"send", lease_send_method, METH_O, "Part of the coroutine protocol, for a lease that is there at once."},
     {nullptr, nullptr, 0, nullptr},
 };
@@ -272,7 +303,15 @@ PyObject* leave_lease(LeaseObject* self, bool async, bool failing) {
   const LockHomeRef& home = self->home;
   const auto nothing = [async] { return Py_NewRef(async ? state().ready_none : Py_None); };
   if (!home->ours() || !home->engine->running()) return nothing();
-  if (self->lease->fate(now_of(self)) == Kept::Fate::ended) return nothing();  // released in the body
+  const Kept::Fate fate = self->lease->fate(now_of(self));
+  if (fate == Kept::Fate::ended) return nothing();  // released in the body
+  if (fate == Kept::Fate::lost && !home->direct()) {
+    // Perhaps because the store is out of reach: there is nothing to be waited for.
+    self->lease->releasing = true;
+    home->engine->submit(
+        engine::Run{[service = home->service, lease = self->lease] { service->let_go(lease); }});
+    return failing ? nothing() : raise_lost(self);
+  }
   if (home->direct()) {
     const bool was_held = home->service->release_now(self->lease);
     return was_held || failing ? nothing() : raise_lost(self);

@@ -367,7 +367,7 @@ engine::LockService* service_of(const PyStore& store, PyObject* prefix) {
   Result<engine::LockService*> service = store.entry->locks->get(std::string(utf8(prefix)));
   if (service.ok()) return service.value();
   if (service.status().code == Code::invalid) {
-    raise_invalid(service.status().message.c_str(), "prefix", "see the message", prefix);
+    raise_invalid(service.status().message.c_str(), "prefix", "", prefix);
   } else {
     raise_status(service.status(), store.entry->id);
   }

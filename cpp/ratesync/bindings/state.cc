@@ -61,7 +61,7 @@ StateImpl* make_impl(PyObject* args, PyObject* kwargs, PyObject** encode, PyObje
   Result<engine::StateService*> service = store->entry->states->get(std::string(utf8(prefix)));
   if (!service.ok()) {
     if (service.status().code == Code::invalid) {
-      raise_invalid(service.status().message.c_str(), "prefix", "see the message", prefix);
+      raise_invalid(service.status().message.c_str(), "prefix", "", prefix);
     } else {
       raise_status(service.status(), store_id);
     }

@@ -13,8 +13,10 @@ using store::LockReply;
 
 namespace {
 
-// How long a release may wait to be sent, at most.
+// How long a release may wait for its answer, at most, and how often it is sent again after that. All of it
+// ends with the lease, but is tried for a moment even when that is (nearly) over.
 constexpr Nanos kReleaseTime = 5 * kSecond;
+constexpr Nanos kShortestRelease = kSecond;
 constexpr int kReleaseTries = 3;
 // For leases of the memory store that are renewed: their holder lives as long as the store does.
 constexpr std::int64_t kUnending = 100LL * 366 * 86'400 * 1'000;
@@ -105,6 +107,8 @@ void LockRelease::done() { lease->service.answered(this); }
 
 void LockService::release(LockRelease* task) {
   const HeldLockRef lease = task->lease;
+  const Nanos now = timers_.now();
+  task->until_ = saturating_add(now, std::max(kShortestRelease, lease->remaining(now)));
   if (keeper_.end(lease)) lease->held_until_released_ = true;
   unlist_held(*lease);
   if (lease->answered) {
@@ -120,7 +124,7 @@ void LockService::release(LockRelease* task) {
 }
 
 void LockService::send(LockRelease* task) {
-  task->deadline = saturating_add(timers_.now(), kReleaseTime);
+  task->deadline = std::min(task->until_, saturating_add(timers_.now(), kReleaseTime));
   task->reply = {};
   ++in_store_;
   store_.submit(task);
@@ -129,13 +133,15 @@ void LockService::send(LockRelease* task) {
 void LockService::answered(LockRelease* task) {
   --in_store_;
   Status& status = task->reply.status;
-  if (status.code == Code::in_doubt && !closing_ && ++task->doubts_ <= kReleaseTries) return send(task);
+  const bool again = status.code == Code::in_doubt && !closing_ && timers_.now() < task->until_;
+  if (again && ++task->doubts_ <= kReleaseTries) return send(task);
   if (status.ok()) {
     task->lease->answered = true;
     // After a lost answer, the first one has done it.
     task->was_held = task->lease->held_until_released_ &&
                      (task->reply.outcome == LockReply::Outcome::held || task->doubts_ > 0);
   } else {
+    task->was_held = task->lease->held_until_released_;
     task->status = std::move(status);
   }
   if (task->alone_) {

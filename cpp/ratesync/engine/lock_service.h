@@ -146,7 +146,7 @@ class LockRelease final : public Acquisition, public store::LockOp {
   void orphaned() override {}
 
   const HeldLockRef lease;
-  bool was_held = false;
+  bool was_held = false;  // with a status that is not ok: as far as is known here
   Status status;
 
  private:
@@ -154,6 +154,7 @@ class LockRelease final : public Acquisition, public store::LockOp {
   ~LockRelease() override = default;
   bool alone_ = false;  // nobody waits for the answer
   int doubts_ = 0;
+  Nanos until_ = 0;  // the lease is over by then, so that nothing is left to be given back
 };
 
 // One operation by hand: break_.
