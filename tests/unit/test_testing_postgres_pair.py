@@ -49,7 +49,7 @@ def test_the_url_leads_to_whoever_accepts_writes_and_what_was_acknowledged_is_th
 
         try:
             asyncio.run(work())
-        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError):
             started.set()
 
     writer = threading.Thread(target=write)
