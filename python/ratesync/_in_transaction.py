@@ -115,8 +115,10 @@ class CommitIn:
         if rows != 1:
             raise LeaseLostError(
                 operation.key,
-                "its lease had run out and somebody took over, or the connection leads to another database "
-                "than the store",
+                "commit_in() was called before, in a transaction that is not rolled back: call it once, last"
+                if operation._in_transaction
+                else "its lease had run out and somebody took over, or the connection leads to another "
+                "database than the store",
             )
         operation._in_transaction = True
 

@@ -115,6 +115,7 @@ class Store:
         self._options = options
         self._now = now  # the engine's clock, in seconds
         self._timing_margin_ms = timing_margin_ms  # for the limiters on it
+        self._pid = os.getpid()
         self._closed = False
         self._initialized = False
         self._users: weakref.WeakSet[Any] = weakref.WeakSet()  # limiters on it; they keep the store alive
@@ -205,7 +206,7 @@ class Store:
         from ratesync.states import State
 
         return State._on(
-            self,
+            self._here(),
             prefix=prefix,
             namespace=namespace,
             tenant=tenant,
@@ -253,7 +254,7 @@ class Store:
         from ratesync.locks import CancellingLock, Lock
 
         return (CancellingLock if cancel_on_loss else Lock)._on(
-            self,
+            self._here(),
             name=name,
             ttl=ttl,
             timeout=timeout,
@@ -352,7 +353,7 @@ class Store:
         from ratesync.idempotency import Idempotent
 
         return Idempotent(
-            self,
+            self._here(),
             key,
             fingerprint,
             ttl=ttl,
@@ -367,7 +368,7 @@ class Store:
 
     def locks(self, prefix: str = "acteon_", limit: int = 1000) -> Pending[Locks]:
         """Locks that are held, or expired and not yet purged, in all namespaces, by name; at most `limit`."""
-        return cast("Pending[Locks]", self._core.locks(prefix, limit))
+        return cast("Pending[Locks]", self._here()._core.locks(prefix, limit))
 
     def break_lock(
         self,
@@ -390,11 +391,15 @@ class Store:
         Returns:
             Whether it was held (under that token).
         """
-        return self._core.break_lock(prefix, namespace, tenant, name, token)
+        return self._here()._core.break_lock(prefix, namespace, tenant, name, token)
 
     def migrate_state(self, prefix: str = "acteon_", *, dry_run: bool = False) -> Pending[Steps]:
         """Creates the tables of state and locks of a prefix; returns all steps. `dry_run` only lists them."""
-        return cast("Pending[Steps]", self._core.migrate_state(prefix, dry_run))
+        return cast("Pending[Steps]", self._here()._core.migrate_state(prefix, dry_run))
+
+    def _here(self) -> Store:
+        """This store; in a forked child the one that takes its place there."""
+        return self if self._pid == os.getpid() else self._current()
 
     def _current(self) -> Store:
         """The store of the same name in this process; itself, unless it is another process's."""

@@ -331,3 +331,29 @@ def test_children_of_a_preloading_server_share_a_limit_in_the_database(ratesync_
         in_child(child)
         assert work() is None
     """)
+
+
+def test_a_store_of_a_preloading_server_gives_locks_and_state_in_its_children(
+    ratesync_postgres_url: str,
+) -> None:
+    run(f"""
+        ratesync.configure_store("db", "postgres", url={ratesync_postgres_url!r}, auto_create=True)
+        store = ratesync.get_store("db")
+        held = store.try_lock("parents").wait()
+        assert held is not None
+
+        def child():
+            assert store.try_lock("parents").wait() is None
+            with store.lock("childs", timeout=5) as lease:
+                assert [row["name"] for row in store.locks().wait()] == ["childs", "parents"]
+            store.state().increment("children").wait()
+            with store.idempotent("once") as op:
+                if not op.done:
+                    op.result = os.getpid()
+            assert not store.break_lock("childs").wait()
+
+        in_child(child)
+        in_child(child)
+        assert store.state().get("children").wait() == 2
+        assert held.release().wait()
+    """)

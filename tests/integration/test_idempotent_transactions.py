@@ -1,3 +1,4 @@
+# ruff: noqa: PT012 - what happens inside a `with` block is what is tested
 """Results that are committed in the caller's own transaction, by asyncpg and psycopg: both or neither.
 
 The effects are rows of a table of the test's own; what counts is that for every key there is exactly one
@@ -122,6 +123,23 @@ async def test_a_rollback_takes_both_back_and_the_next_caller_runs(store, driver
     assert await effects(ratesync_asyncpg) == [6]
     async with store.idempotent("charge-42") as op:
         assert (op.done, op.result) == (True, 2)
+
+
+async def test_committing_twice_says_so_and_after_a_rollback_once_more_is_once(store, driver):
+    with pytest.raises(ratesync.LeaseLostError, match="was called before"):
+        async with store.idempotent("twice") as op, driver.transaction() as connection:
+            await op.commit_in(connection)
+            await op.commit_in(connection)
+    async with store.idempotent("again") as op:
+        with contextlib.suppress(ZeroDivisionError):
+            async with driver.transaction() as connection:
+                await op.commit_in(connection)
+                raise ZeroDivisionError  # as a serialization failure would
+        async with driver.transaction() as connection:
+            op.result = "second try"
+            await op.commit_in(connection)
+    async with store.idempotent("again") as op:
+        assert (op.done, op.result) == (True, "second try")
 
 
 async def test_a_late_commit_rolls_the_effects_back(store, driver, ratesync_asyncpg):

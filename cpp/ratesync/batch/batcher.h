@@ -104,6 +104,7 @@ class Batcher {
   std::vector<Op> close();
 
   [[nodiscard]] bool closed() const { return closed_; }
+  [[nodiscard]] const BatcherOptions& options() const { return options_; }
   [[nodiscard]] std::size_t queued() const { return queued_; }
   [[nodiscard]] std::size_t in_flight() const { return in_flight_; }  // operations
   [[nodiscard]] const BatcherStats& stats() const { return stats_; }

@@ -74,11 +74,11 @@ PgStateStore::PgStateStore(PrefixBackend& backend)
     : backend_(backend),
       clock_(backend.clock()),
       sql_(make_state_sql(backend.names())),
+      ordinary_lanes_(std::clamp<std::size_t>(backend.options().lanes, 1, 200)),
       random_(std::random_device{}()),
       close_timer_(std::make_unique<asio::steady_timer>(backend.io())),
       purge_timer_(std::make_unique<asio::steady_timer>(backend.io())) {
-  const std::size_t count = std::clamp<std::size_t>(backend.options().lanes, 1, 200) + 1;
-  for (std::size_t i = 0; i < count; ++i)
+  for (std::size_t i = 0; i < ordinary_lanes_ + 1; ++i)
     lanes_.push_back(std::make_unique<Lane>(batch::BatcherOptions{kMaxBatch, kMaxQueue, 1}));
 }
 
@@ -137,12 +137,13 @@ void PgStateStore::push(QueuedState item) {
   each_slot(copy, [&](std::size_t slot) { ++(copy.wide ? wide_ : ordinary_)[slot]; });
   tickets_[op] = {&lane, ticket.value()};
   ++inside_;
+  if (lane.busy && !copy.wide) watch_later();
   pump(lane);
 }
 
 PgStateStore::Lane& PgStateStore::lane_for(const QueuedState& item) {
   if (item.wide) return *lanes_.back();
-  const std::size_t slot = item.bucket % kSlots, ordinary = lanes_.size() - 1;
+  const std::size_t slot = item.bucket % kSlots, ordinary = ordinary_lanes_;
   if (ordinary_[slot] > 0) return *lanes_[lane_of_slot_[slot]];
   // One that leaves next, until it has its share aboard; then where the fewest wait. Client and server work
   // at the same time on trips of about the same size.
@@ -156,6 +157,7 @@ PgStateStore::Lane& PgStateStore::lane_for(const QueuedState& item) {
     }
     if (one.batcher.queued() < lanes_[best]->batcher.queued()) best = i;
   }
+  if (overdue(*lanes_[best])) best = lane_that_moves().value_or(best);
   lane_of_slot_[slot] = static_cast<std::uint8_t>(best);
   return *lanes_[best];
 }

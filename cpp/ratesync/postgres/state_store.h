@@ -11,6 +11,7 @@
 #include <asio/steady_timer.hpp>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <random>
 #include <string>
 #include <unordered_map>
@@ -57,6 +58,8 @@ class PgStateStore final : public store::StateStore {
     StateBatcher batcher;
     bool busy = false;    // a trip is under way, or waits for its connection or for other lanes
     bool flying = false;  // a trip is under way: what comes now waits for the next
+    Nanos sent = 0;       // its latest round
+    std::weak_ptr<Trip> trip;
   };
   struct Queued {
     Lane* lane;
@@ -100,6 +103,13 @@ class PgStateStore final : public store::StateStore {
   void reconnect(const TripPtr& trip);
   void land(const TripPtr& trip);
 
+  // state_detour.cc
+  [[nodiscard]] bool overdue(const Lane& lane) const;
+  std::optional<std::size_t> lane_that_moves();
+  void watch_later();
+  void watch();
+  void rescue(Lane& lane);
+
   // state_doubt.cc
   struct Doubt;
   using DoubtPtr = std::shared_ptr<Doubt>;
@@ -123,7 +133,8 @@ class PgStateStore final : public store::StateStore {
   PrefixBackend& backend_;
   const Clock& clock_;
   const StateSql sql_;
-  std::vector<std::unique_ptr<Lane>> lanes_;         // the last is that of batches
+  std::vector<std::unique_ptr<Lane>> lanes_;  // ordinary ones, spare ones; the last is that of batches
+  const std::size_t ordinary_lanes_;
   std::unordered_map<const void*, Queued> tickets_;  // of StateOp and StateBatch
   // Operations that are in the store, by keys that share a slot: in the ordinary lanes and in the wide one.
   std::array<std::uint32_t, kSlots> ordinary_{}, wide_{};
@@ -135,6 +146,7 @@ class PgStateStore final : public store::StateStore {
   store::Stats stats_;
   std::size_t trips_ = 0;
   bool closing_ = false;
+  bool watching_ = false;
   std::function<void()> closed_;
   std::unique_ptr<asio::steady_timer> close_timer_, purge_timer_;  // behind pointers: leaked after fork
   bool purge_armed_ = false;

@@ -31,6 +31,8 @@ void sort_by_arrival(StateItems& items) { std::sort(items.begin(), items.end());
 void PgStateStore::begin_trip(Lane& lane, StateBatcher::Batch batch, PgPool::Lease connection) {
   auto trip = std::make_shared<Trip>(lane, std::move(batch), std::move(connection));
   lane.flying = true;
+  lane.sent = clock_.now();
+  lane.trip = trip;
   trip->pending.reserve(trip->batch.ops.size());
   for (QueuedState& item : trip->batch.ops) {
     tickets_.erase(item.batch ? static_cast<const void*>(item.batch) : item.op);
@@ -82,7 +84,7 @@ void PgStateStore::start_round(const TripPtr& trip) {
     asked += stage.kind == Kind::decide ? stage.items.size() : stage.lines.size();
   }
   count(calls, std::max(asked, trip->pending.size() - trip->round.later.size()));
-  trip->sent = clock_.now();
+  trip->lane.sent = trip->sent = clock_.now();
   trip->connection->run(std::move(calls), [this, trip, alive = alive_](PipelineResult result) {
     if (*alive) answered(trip, std::move(result));
   });

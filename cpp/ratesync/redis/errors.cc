@@ -40,8 +40,9 @@ std::string cure(std::string_view kind, std::string_view error, const ErrorConte
         "&<key_prefix>* +@all -@admin -@dangerous +info +role. `ratesync doctor` names the commands.",
         user_of(c), c.user.empty() ? "default" : c.user);
   if (kind == "OOM")
-    return "The server is at its maxmemory and may not evict: raise maxmemory, or set a maxmemory-policy "
-           "that removes keys with a time to live (volatile-ttl).";
+    return "The server is at its maxmemory and may not evict: raise maxmemory, or keep this on a server of "
+           "its "
+           "own. With a maxmemory-policy that evicts it would forget limits, locks and dedup keys.";
   if (kind == "LOADING") return "It reads its data from disk after a start; this is tried again by itself.";
   if (kind == "READONLY")
     return "It is a replica: name the primary in the url, or use redis+sentinel:// to have it found. The "
@@ -67,7 +68,7 @@ std::string cure(std::string_view kind, std::string_view error, const ErrorConte
   if (kind == "DENIED")
     return "The server is in protected mode: set a password (requirepass) or its bind addresses.";
   if (kind == "WRONGTYPE")
-    return "Something else keeps data under this key: choose another key_prefix or db.";
+    return "Something else keeps data under this key: choose another prefix (key_prefix for limits) or db.";
   if (says("max number of clients"))
     return "It has no room for another client: raise maxclients, or lower pool_max_size of the processes.";
   if (says("AUTH") && says("without any password"))
