@@ -318,10 +318,20 @@ TEST(PostgresLock, ARoleThatOwnsNothingTakesLocksWithTheDocumentedGrants) {
   ASSERT_TRUE(owner.finish([&](auto done) { owner.locks.store->initialize(done); }).ok());
   const std::string role = "lock_role_" + std::to_string(getpid());
   Witness().script("DO $$ BEGIN CREATE ROLE " + role +
-                   " LOGIN; EXCEPTION WHEN duplicate_object THEN NULL; END $$; GRANT USAGE ON SCHEMA " +
-                   schema.quoted() + " TO " + role + "; GRANT SELECT, INSERT, UPDATE, DELETE ON " +
-                   locks_of(schema) + ", " + waiters_of(schema) + " TO " + role +
-                   "; GRANT USAGE ON SEQUENCE " + schema.table("acteon_lock_tokens") + " TO " + role);
+                   " LOGIN; EXCEPTION WHEN duplicate_object THEN NULL; END $$");
+  {
+    LockProcess p(
+        schema, [](PostgresOptions& options) { options.auto_create = false; }, role);
+    LockCall call;
+    Locks::set(call, store::LockOp::Verb::acquire, "invoice", 1'000);
+    const Status refused = p.locks.run(call).status;
+    EXPECT_EQ(refused.sqlstate, "42501");
+    EXPECT_NE(refused.message.find(", " + waiters_of(schema) + " TO"), std::string::npos) << refused.message;
+  }
+  Witness().script("GRANT USAGE ON SCHEMA " + schema.quoted() + " TO " + role +
+                   "; GRANT SELECT, INSERT, UPDATE, DELETE ON " + locks_of(schema) + ", " +
+                   waiters_of(schema) + " TO " + role + "; GRANT USAGE ON SEQUENCE " +
+                   schema.table("acteon_lock_tokens") + " TO " + role);
   {
     LockProcess p(
         schema, [](PostgresOptions& options) { options.auto_create = false; }, role);

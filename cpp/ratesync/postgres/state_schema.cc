@@ -118,6 +118,9 @@ std::string grant_statements(const PrefixNames& n, const std::vector<Part>& part
   for (const Part& part : parts)
     (part.columns ? tables : sequences) +=
         (part.columns && !tables.empty() ? ", " : "") + n.quoted(part.name);
+  // Not needed, but without it waiters ask now and then instead of being told.
+  if (parts[0].name == n.locks && found.table(n.lock_waiters).exists)
+    tables += ", " + n.quoted(n.lock_waiters);
   std::string out = fmt::format("GRANT USAGE ON SCHEMA {} TO {}; ", quote_identifier(n.schema), role);
   out += fmt::format("GRANT SELECT, INSERT, UPDATE, DELETE ON {} TO {};", tables, role);
   if (!sequences.empty()) out += fmt::format(" GRANT USAGE ON SEQUENCE {} TO {};", sequences, role);
