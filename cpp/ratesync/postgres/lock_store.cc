@@ -26,9 +26,6 @@ constexpr Nanos kPurgePause = 60 * kSecond;
 // A connection is given back after so many trips, so that others get their turn.
 constexpr unsigned kTripsInARow = 16;
 
-// How long a trip waits at most for callers who are expected back, whatever the last one took.
-constexpr Nanos kGatherMost = kMilli / 4;
-
 constexpr std::size_t kSpaceBytes = 255;
 constexpr std::size_t kNameBytes = 1'024;
 
@@ -190,23 +187,12 @@ void PgLockStore::fail_overdue() {
     }
 }
 
-// A lone caller is never waited for, and never waits.
-bool PgLockStore::gather(Lane& lane) {
-  if (closing_ || 4 * lane.batcher.queued() >= 3 * lane.expected) return false;
-  const Nanos now = clock_.now();
-  if (now >= lane.gather_until) return false;
-  if (std::exchange(lane.gathering, true)) return true;
-  lane.gather_timer->expires_after(std::chrono::nanoseconds(lane.gather_until - now));
-  lane.gather_timer->async_wait([this, &lane, alive = alive_](const asio::error_code&) {
-    if (!*alive) return;
-    lane.gathering = false;
-    pump(lane);
-  });
-  return true;
-}
-
 void PgLockStore::pump(Lane& lane) {
-  if (lane.busy || lane.batcher.queued() == 0 || gather(lane)) return;
+  if (lane.busy || lane.batcher.queued() == 0) return;
+  if (!closing_ && lane.gather.waits(lane.batcher.queued(), clock_.now(), [this, &lane, alive = alive_] {
+        if (*alive) pump(lane);
+      }))
+    return;
   lane.busy = true;
   ++trips_;
   backend_.when_ready(Facet::locks, [this, &lane, alive = alive_](Status status) {
@@ -259,10 +245,9 @@ void PgLockStore::land(const TripPtr& trip) {
   lane.batcher.finished(trip->batch.id);
   purge();
   const Nanos now = clock_.now();
-  lane.expected = trip->batch.ops.size() + lane.batcher.queued();
-  lane.gather_until = now + std::min((now - trip->began) / 4, kGatherMost);
-  const bool most_are_here = 4 * lane.batcher.queued() >= 3 * lane.expected;
-  if (most_are_here && trip->connection && trip->connection->open() && trip->trips_in_a_row < kTripsInARow) {
+  lane.gather.landed(trip->batch.ops.size(), lane.batcher.queued(), now, now - trip->began);
+  if (lane.gather.most_are_here(lane.batcher.queued()) && trip->connection && trip->connection->open() &&
+      trip->trips_in_a_row < kTripsInARow) {
     if (auto batch = lane.batcher.take())
       return begin_trip(lane, std::move(*batch), std::exchange(trip->connection, nullptr),
                         trip->trips_in_a_row + 1);

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "ratesync/batch/batcher.h"
+#include "ratesync/postgres/gather.h"
 #include "ratesync/postgres/listener.h"
 #include "ratesync/postgres/lock_plan.h"
 #include "ratesync/postgres/lock_sql.h"
@@ -48,16 +49,10 @@ class PgLockStore final : public store::LockStore {
  private:
   using ItemBatcher = batch::Batcher<LockItem>;
   struct Lane {
-    Lane(const batch::BatcherOptions& options, asio::io_context& io)
-        : batcher(options), gather_timer(std::make_unique<asio::steady_timer>(io)) {}
+    Lane(const batch::BatcherOptions& options, asio::io_context& io) : batcher(options), gather(io) {}
     ItemBatcher batcher;
     bool busy = false;  // a trip is under way or waits for its connection
-    // Callers who were just answered come back one by one. So that the first of them does not leave alone and
-    // make all others wait for its commit, a trip waits for most of them, for a fraction of the last trip.
-    std::size_t expected = 0;
-    Nanos gather_until = 0;
-    bool gathering = false;
-    std::unique_ptr<asio::steady_timer> gather_timer;
+    Gather gather;
   };
   struct Trip;
   using TripPtr = std::shared_ptr<Trip>;
@@ -75,7 +70,6 @@ class PgLockStore final : public store::LockStore {
   void push(LockItem item);
   void fail(LockItem& item, const Status& status);
   void pump(Lane& lane);
-  bool gather(Lane& lane);
   void take_off(Lane& lane, Result<PgPool::Lease> connection);
   void fail_queued(Lane& lane, const Status& status);
   void watch(Nanos deadline);

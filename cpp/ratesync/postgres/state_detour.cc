@@ -28,7 +28,7 @@ std::optional<std::size_t> PgStateStore::lane_that_moves() {
   for (std::size_t i = 0; i < count; ++i)
     if (!overdue(*lanes_[i])) return i;
   if (count >= ordinary_lanes_ + kSpareLanes) return std::nullopt;
-  lanes_.insert(lanes_.end() - 1, std::make_unique<Lane>(lanes_.back()->batcher.options()));
+  lanes_.insert(lanes_.end() - 1, std::make_unique<Lane>(lanes_.back()->batcher.options(), backend_.io()));
   return count;
 }
 

@@ -79,7 +79,7 @@ PgStateStore::PgStateStore(PrefixBackend& backend)
       close_timer_(std::make_unique<asio::steady_timer>(backend.io())),
       purge_timer_(std::make_unique<asio::steady_timer>(backend.io())) {
   for (std::size_t i = 0; i < ordinary_lanes_ + 1; ++i)
-    lanes_.push_back(std::make_unique<Lane>(batch::BatcherOptions{kMaxBatch, kMaxQueue, 1}));
+    lanes_.push_back(std::make_unique<Lane>(batch::BatcherOptions{kMaxBatch, kMaxQueue, 1}, backend.io()));
 }
 
 PgStateStore::~PgStateStore() { *alive_ = false; }
@@ -210,6 +210,10 @@ bool PgStateStore::abandon(StateBatch* batch) { return take_back(batch); }
 
 void PgStateStore::pump(Lane& lane) {
   if (lane.busy || lane.batcher.queued() == 0) return;
+  if (!closing_ && lane.gather.waits(lane.batcher.queued(), clock_.now(), [this, &lane, alive = alive_] {
+        if (*alive) pump(lane);
+      }))
+    return;
   lane.busy = true;
   ++trips_;
   backend_.when_ready(Facet::state, [this, &lane, alive = alive_](Status status) {

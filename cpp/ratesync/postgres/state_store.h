@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "ratesync/batch/batcher.h"
+#include "ratesync/postgres/gather.h"
 #include "ratesync/postgres/prefix_backend.h"
 #include "ratesync/postgres/state_plan.h"
 #include "ratesync/postgres/state_sql.h"
@@ -54,12 +55,13 @@ class PgStateStore final : public store::StateStore {
   struct Trip;
   using TripPtr = std::shared_ptr<Trip>;
   struct Lane {
-    explicit Lane(const batch::BatcherOptions& options) : batcher(options) {}
+    Lane(const batch::BatcherOptions& options, asio::io_context& io) : batcher(options), gather(io) {}
     StateBatcher batcher;
     bool busy = false;    // a trip is under way, or waits for its connection or for other lanes
     bool flying = false;  // a trip is under way: what comes now waits for the next
     Nanos sent = 0;       // its latest round
     std::weak_ptr<Trip> trip;
+    Gather gather;
   };
   struct Queued {
     Lane* lane;

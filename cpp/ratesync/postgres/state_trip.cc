@@ -239,7 +239,8 @@ void PgStateStore::reconnect(const TripPtr& trip) {
 void PgStateStore::land(const TripPtr& trip) {
   Lane& lane = trip->lane;
   lane.batcher.finished(trip->batch.id);
-  // The next trip takes off in a later turn of the loop: who is answered now may come along.
+  const Nanos now = clock_.now();
+  lane.gather.landed(trip->batch.ops.size(), lane.batcher.queued(), now, now - trip->began);
   lane.busy = lane.flying = false;
   --trips_;
   if (trip->connection) backend_.pool().put(std::exchange(trip->connection, nullptr));

@@ -16,6 +16,7 @@ struct PgStateStore::Trip {
   Lane& lane;
   StateBatcher::Batch batch;  // owns the items
   PgPool::Lease connection;
+  Nanos began = 0;
   StateItems pending;  // not answered yet, in the order of their arrival
   StateItems held;     // of the wide lane: behind keys that others carry
   StateRound round;    // under way
