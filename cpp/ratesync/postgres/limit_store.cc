@@ -74,10 +74,10 @@ PgLimitStore::PgLimitStore(asio::io_context& io, const Clock& clock, LimitBacken
       options_(std::move(options)),
       holders_((static_cast<std::uint64_t>(std::random_device{}()) << 32) ^ std::random_device{}()),
       holders_together_((static_cast<std::uint64_t>(std::random_device{}()) << 32) ^ std::random_device{}()),
-      timer_(std::make_unique<asio::steady_timer>(io)),
-      random_(std::random_device{}()),
       me_(static_cast<std::int64_t>(
           ((static_cast<std::uint64_t>(std::random_device{}()) << 31) ^ std::random_device{}()) >> 1)),
+      timer_(std::make_unique<asio::steady_timer>(io)),
+      random_(std::random_device{}()),
       listener_(
           io, clock, options_.listen, options_.connection, options_.channel + std::to_string(me_),
           {[this](const std::string& group) {
