@@ -309,7 +309,7 @@ def run(quick: bool) -> Report:
 async def _run(started: pg.PostgresServer, redis_url: str, quick: bool) -> Report:
     import asyncpg
 
-    rounds, seconds = (1, 0.3) if quick else (5, 1.0)
+    rounds, seconds = (1, 0.3) if quick else (3, 1.0)
     our_url, hand_url = await asyncio.to_thread(lambda: (pg.database(started), pg.database(started)))
     hand = urlsplit(hand_url).path.lstrip("/")
     await asyncio.to_thread(lambda: started.execute(*HAND_TABLES, database=hand))
