@@ -101,8 +101,9 @@ def test_doctor_says_when_the_store_of_state_is_out(ratesync_registry: Path) -> 
     assert "127.0.0.1" in result.output
 
 
-def test_no_locks_are_said_to_be_none(memory_file: str) -> None:
-    result = run("locks", "list", "-c", memory_file)
+@pytest.mark.parametrize("words", ["locks list -c {}", "locks -c {}", "locks -c {} list"])
+def test_no_locks_are_said_to_be_none(memory_file: str, words: str) -> None:
+    result = run(*words.format(memory_file).split())
     assert result.exit_code == 0, result.output
     assert (
         "no locks are held (prefix 'acteon_' in memory, which is empty in every new process)" in result.output

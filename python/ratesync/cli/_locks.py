@@ -24,8 +24,9 @@ limit_option = click.option(
 
 
 @click.group(invoke_without_command=True)
+@config_option
 @click.pass_context
-def locks(ctx: click.Context) -> None:
+def locks(ctx: click.Context, config_file: str | None = None) -> None:
     """Show the locks of [state]: who has them, since when, until when, and how many wait.
 
     \b
@@ -35,7 +36,7 @@ def locks(ctx: click.Context) -> None:
       ratesync locks break invoice-42
     """
     if ctx.invoked_subcommand is None:
-        ctx.invoke(list_locks)
+        ctx.invoke(list_locks, config_file=config_file)
 
 
 @locks.command("list")
@@ -111,6 +112,9 @@ def break_lock(
 
 
 def _open(config_file: str | None) -> tuple[Store, StateOptions]:
+    parent = click.get_current_context().parent  # `ratesync locks -c FILE list` means the same
+    if config_file is None and parent is not None:
+        config_file = parent.params.get("config_file")
     load(config_file)
     state = open_state()
     if state is None:
