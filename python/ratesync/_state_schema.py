@@ -102,6 +102,10 @@ def build_state(raw: Mapping[str, object], where: str) -> StateConfig:
             fail(where, str(key), f"is unknown here{hint}: options of the store belong to [stores.<id>]")
         return StateConfig(options, None, None)
     engine = str(options.backend)
+    if engine == "redis" and set(options.prefix) & set("{}"):
+        fail(
+            where, "prefix", "may not contain { or }, which name a slot of a Cluster: set the option hash_tag"
+        )
     try:
         return StateConfig(options, engine, build_store(engine, rest, where))
     except ConfigValidationError as error:

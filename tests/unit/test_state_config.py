@@ -106,6 +106,7 @@ def test_variables_are_expanded(write: Any, monkeypatch: pytest.MonkeyPatch) -> 
         ('backend = "postgres"\nurl = "mysql://h/d"', "url", "another scheme"),
         (f'backend = "memory"\nprefix = "{"ä" * 21}"', "prefix", "0 to 40 bytes.*42 bytes"),
         ('backend = "memory"\nprefix = "a\\u0000"', "prefix", "NUL"),
+        ('backend = "redis"\nurl = "redis://h"\nprefix = "{a}_"', "prefix", "hash_tag"),
         ('backend = "memory"\nnamespace = ""', "namespace", "1 to 255 bytes"),
         (f'backend = "memory"\ntenant = "{"ä" * 200}"', "tenant", "400 bytes"),
         ('backend = "memory"\ntimeout = 0', "timeout", "must be > 0"),
