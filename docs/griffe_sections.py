@@ -23,6 +23,9 @@ class ExampleSections(griffe.Extension):
         if "acquire" not in core.members:  # a stub has overloads only, which griffe keeps elsewhere
             shown, several, *_ = core.overloads["acquire"]
             shown.overloads = [several]
+            # The docstring describes both forms.
+            if "more" not in shown.parameters:
+                shown.parameters.add(several.parameters["more"])
             core.set_member("acquire", shown)
         function = core["acquire"]
         if function.docstring is None:

@@ -6,9 +6,9 @@
 
 namespace ratesync::redis {
 
-const Script& limit_script();  // every operation on limits but the next two
-const Script& renew_script();  // leases that go on
-const Script& list_script();   // what one key holds, for people
+const Script& limit_script();    // every operation on limits but the next two
+const Script& renew_script();    // leases that go on
+const Script& list_script();     // what one key holds, for people
 const Script& state_script();    // every operation on rows and timeouts
 const Script& locks_script();    // every operation on locks
 const Script& recover_script();  // what became of a call to those two whose answer was lost
