@@ -195,14 +195,15 @@ void PgLockStore::pump(Lane& lane) {
     return;
   lane.busy = true;
   ++trips_;
-  backend_.when_ready(Facet::locks, [this, &lane, alive = alive_](Status status) {
+  backend_.lend(Facet::locks, alive_, [this, &lane, alive = alive_](Result<PgPool::Lease> got) {
     if (!*alive) return;
-    if (status.code == Code::in_doubt)
-      status.code = Code::unavailable;  // the look at the schema, nothing else
-    if (!status.ok()) return take_off(lane, std::move(status));
-    backend_.pool().get([this, &lane, alive](Result<PgPool::Lease> connection) {
-      if (*alive) take_off(lane, std::move(connection));
-    });
+    // In doubt was the look at the schema, nothing else.
+    if (!got.ok() && got.status().code == Code::in_doubt) {
+      Status status = got.status();
+      status.code = Code::unavailable;
+      got = std::move(status);
+    }
+    take_off(lane, std::move(got));
   });
 }
 
@@ -264,28 +265,23 @@ void PgLockStore::land(const TripPtr& trip) {
 void PgLockStore::list(const store::SpaceRef& space, std::size_t limit,
                        store::Callback<std::vector<store::LockInfo>> done) {
   limit = std::clamp<std::size_t>(limit, 1, 100'000);
-  backend_.when_ready(
-      Facet::locks, [this, space, limit, done = std::move(done), alive = alive_](Status status) mutable {
-        if (!*alive || !status.ok()) return done(std::move(status));
-        backend_.pool().get(
-            [this, space, limit, done = std::move(done), alive](Result<PgPool::Lease> got) mutable {
-              if (!*alive || !got.ok()) return done(got.status());
-              std::vector<Call> calls;
-              calls.push_back(
-                  {&sql().list,
-                   {space ? Param::text(space->name_space) : Param::null(),
-                    space ? Param::text(space->tenant) : Param::null(), Param::text(std::to_string(limit))}});
-              count(calls, 1);
-              const PgPool::Lease connection = got.value();
-              connection->run(std::move(calls),
-                              [this, done = std::move(done), alive, connection](PipelineResult result) {
-                                if (!*alive) return done(Status::make(Code::closed, "the store was closed"));
-                                backend_.pool().put(connection);
-                                if (!result.status.ok()) return done(backend_.explain(Facet::locks, result));
-                                done(read_list(*result.results[0]));
-                              });
-            });
-      });
+  backend_.lend(Facet::locks, alive_,
+                [this, space, limit, done = std::move(done), alive = alive_](Result<PgPool::Lease> got) {
+                  if (!got.ok()) return done(got.status());
+                  std::vector<Call> calls;
+                  calls.push_back({&sql().list,
+                                   {space ? Param::text(space->name_space) : Param::null(),
+                                    space ? Param::text(space->tenant) : Param::null(),
+                                    Param::text(std::to_string(limit))}});
+                  count(calls, 1);
+                  const PgPool::Lease connection = got.value();
+                  connection->run(std::move(calls), [this, done, alive, connection](PipelineResult result) {
+                    if (!*alive) return done(Status::make(Code::closed, "the store was closed"));
+                    backend_.pool().put(connection);
+                    if (!result.status.ok()) return done(backend_.explain(Facet::locks, result));
+                    done(read_list(*result.results[0]));
+                  });
+                });
 }
 
 // Whoever writes cleans up, now and then and in bounded pieces; the first time soon after the start.

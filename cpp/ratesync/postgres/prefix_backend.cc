@@ -56,6 +56,16 @@ void PrefixBackend::when_ready(Facet facet, Connection::Done done) {
   });
 }
 
+void PrefixBackend::lend(Facet facet, std::shared_ptr<bool> alive, PgPool::OnLease use) {
+  when_ready(facet, [this, alive = std::move(alive), use = std::move(use)](Status status) {
+    if (!status.ok()) return use(std::move(status));
+    if (!*alive) return use(Status::make(Code::closed, "the store was closed"));
+    pool_.get([use, alive](Result<PgPool::Lease> got) {
+      use(*alive || !got.ok() ? std::move(got) : Status::make(Code::closed, "the store was closed"));
+    });
+  });
+}
+
 Status PrefixBackend::explain(Facet facet, const PipelineResult& result) {
   if (result.status.code != Code::server) return result.status;
   const std::string& sqlstate = result.status.sqlstate;

@@ -47,6 +47,9 @@ class PrefixBackend {
   const PrefixOptions& options() const { return options_; }
   // Once the tables of that facet are known to be in order; at once when they are.
   void when_ready(Facet facet, Connection::Done done);
+  // The same, and then a connection. `alive`: of the store that asks; false: it is gone, and `use` is told
+  // so.
+  void lend(Facet facet, std::shared_ptr<bool> alive, PgPool::OnLease use);
   // The server's refusal in words. May look at the schema anew before the next trip.
   Status explain(Facet facet, const PipelineResult& result);
   // After when_ready(locks): whether there is a table of waiters.

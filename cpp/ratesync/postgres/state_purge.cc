@@ -67,19 +67,23 @@ void PgStateStore::purge(std::size_t limit, store::Callback<std::int64_t> done) 
 }
 
 void PgStateStore::ask(const PurgePtr& purge, Call call, std::function<void(const Rows&)> then) {
-  with_connection([this, purge, call = std::move(call), then = std::move(then),
-                   alive = alive_](Result<PgPool::Lease> got) {
-    if (!got.ok()) return purge->done(got.status());
-    std::vector<Call> calls{call};
-    count(calls, 0);
-    const PgPool::Lease connection = got.value();
-    connection->run(std::move(calls), [this, purge, then, connection, alive](PipelineResult result) {
-      if (!*alive) return purge->done(Status::make(Code::closed, "the store was closed"));
-      backend_.pool().put(connection);
-      if (!result.status.ok()) return purge->done(backend_.explain(Facet::state, result));
-      then(*result.results[0]);
-    });
-  });
+  backend_.lend(Facet::state, alive_,
+                [this, purge, call = std::move(call), then = std::move(then),
+                 alive = alive_](Result<PgPool::Lease> got) {
+                  if (!got.ok()) return purge->done(got.status());
+                  std::vector<Call> calls{call};
+                  count(calls, 0);
+                  const PgPool::Lease connection = got.value();
+                  connection->run(std::move(calls),
+                                  [this, purge, then, connection, alive](PipelineResult result) {
+                                    if (!*alive)
+                                      return purge->done(Status::make(Code::closed, "the store was closed"));
+                                    backend_.pool().put(connection);
+                                    if (!result.status.ok())
+                                      return purge->done(backend_.explain(Facet::state, result));
+                                    then(*result.results[0]);
+                                  });
+                });
 }
 
 void PgStateStore::after(Nanos pause, std::function<void()> then) {

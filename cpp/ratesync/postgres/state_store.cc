@@ -216,12 +216,8 @@ void PgStateStore::pump(Lane& lane) {
     return;
   lane.busy = true;
   ++trips_;
-  backend_.when_ready(Facet::state, [this, &lane, alive = alive_](Status status) {
-    if (!*alive) return;
-    if (!status.ok()) return take_off(lane, std::move(status));
-    backend_.pool().get([this, &lane, alive](Result<PgPool::Lease> connection) {
-      if (*alive) take_off(lane, std::move(connection));
-    });
+  backend_.lend(Facet::state, alive_, [this, &lane, alive = alive_](Result<PgPool::Lease> connection) {
+    if (*alive) take_off(lane, std::move(connection));
   });
 }
 
@@ -262,15 +258,6 @@ void PgStateStore::fail_queued(Lane& lane, const Status& status) {
 
 // --- what is not batched ------------------------------------------------------------------------
 
-void PgStateStore::with_connection(std::function<void(Result<PgPool::Lease>)> use) {
-  backend_.when_ready(Facet::state, [this, use = std::move(use), alive = alive_](Status status) {
-    if (!*alive || !status.ok()) return use(std::move(status));
-    backend_.pool().get([use, alive](Result<PgPool::Lease> got) {
-      use(*alive || !got.ok() ? std::move(got) : Status::make(Code::closed, "the store was closed"));
-    });
-  });
-}
-
 void PgStateStore::scan(const store::SpaceRef& space, const std::string& kind, const std::string& prefix,
                         const std::string& cursor, std::size_t page_size,
                         store::Callback<store::StatePage> done) {
@@ -282,26 +269,28 @@ void PgStateStore::scan(const store::SpaceRef& space, const std::string& kind, c
       &sql_.scan,
       {Param::text(space->name_space), Param::text(space->tenant), Param::text(kind), Param::text(prefix),
        Param::text(cursor), behind(prefix), Param::text(std::to_string(page_size + 1))}};
-  with_connection([this, call = std::move(call), page_size, done = std::move(done),
-                   alive = alive_](Result<PgPool::Lease> got) {
-    if (!got.ok()) return done(got.status());
-    std::vector<Call> calls{call};
-    count(calls, 1);
-    const PgPool::Lease connection = got.value();
-    connection->run(std::move(calls), [this, connection, page_size, done, alive](PipelineResult result) {
-      if (!*alive) return done(Status::make(Code::closed, "the store was closed"));
-      backend_.pool().put(connection);
-      if (!result.status.ok()) return done(backend_.explain(Facet::state, result));
-      const Rows& rows = *result.results[0];
-      store::StatePage page;
-      const int size = std::min(rows.rows(), static_cast<int>(page_size));
-      for (int r = 0; r < size; ++r)
-        page.rows.push_back(
-            {std::string(rows.text(r, 0)), read_value(rows, r, 1), rows.number(r, 4), rows.number(r, 5)});
-      if (rows.rows() > size) page.cursor = page.rows.back().key;
-      done(std::move(page));
-    });
-  });
+  backend_.lend(
+      Facet::state, alive_,
+      [this, call = std::move(call), page_size, done = std::move(done),
+       alive = alive_](Result<PgPool::Lease> got) {
+        if (!got.ok()) return done(got.status());
+        std::vector<Call> calls{call};
+        count(calls, 1);
+        const PgPool::Lease connection = got.value();
+        connection->run(std::move(calls), [this, connection, page_size, done, alive](PipelineResult result) {
+          if (!*alive) return done(Status::make(Code::closed, "the store was closed"));
+          backend_.pool().put(connection);
+          if (!result.status.ok()) return done(backend_.explain(Facet::state, result));
+          const Rows& rows = *result.results[0];
+          store::StatePage page;
+          const int size = std::min(rows.rows(), static_cast<int>(page_size));
+          for (int r = 0; r < size; ++r)
+            page.rows.push_back(
+                {std::string(rows.text(r, 0)), read_value(rows, r, 1), rows.number(r, 4), rows.number(r, 5)});
+          if (rows.rows() > size) page.cursor = page.rows.back().key;
+          done(std::move(page));
+        });
+      });
 }
 
 void PgStateStore::claim_due(const store::SpaceRef& space, const std::string& kind, std::size_t limit,
@@ -312,7 +301,8 @@ void PgStateStore::claim_due(const store::SpaceRef& space, const std::string& ki
              Param::text(std::to_string(std::clamp<std::size_t>(limit, 1, 100'000))),
              Param::text(std::to_string(std::clamp<std::int64_t>(lease, 1, 300'000'000'000'000))),
              kind.empty() ? Param::null() : Param::text(kind)}};
-  with_connection(
+  backend_.lend(
+      Facet::state, alive_,
       [this, call = std::move(call), done = std::move(done), alive = alive_](Result<PgPool::Lease> got) {
         if (!got.ok()) return done(got.status());
         std::vector<Call> calls{call};

@@ -84,7 +84,6 @@ class PgStateStore final : public store::StateStore {
   void fail_queued(Lane& lane, const Status& status);
   void count(const std::vector<Call>& calls, std::size_t ops);
   void maybe_closed();
-  void with_connection(std::function<void(Result<PgPool::Lease>)> use);
 
   // state_trip.cc
   void begin_trip(Lane& lane, StateBatcher::Batch batch, PgPool::Lease connection);
