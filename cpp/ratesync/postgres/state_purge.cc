@@ -66,24 +66,11 @@ void PgStateStore::purge(std::size_t limit, store::Callback<std::int64_t> done) 
   raise_floors(turn);
 }
 
-void PgStateStore::ask(const PurgePtr& purge, Call call, std::function<void(const Rows&)> then) {
-  backend_.lend(Facet::state, alive_,
-                [this, purge, call = std::move(call), then = std::move(then),
-                 alive = alive_](Result<PgPool::Lease> got) {
-                  if (!got.ok()) return purge->done(got.status());
-                  std::vector<Call> calls{call};
-                  count(calls, 0);
-                  const PgPool::Lease connection = got.value();
-                  connection->run(std::move(calls),
-                                  [this, purge, then, connection, alive](PipelineResult result) {
-                                    if (!*alive)
-                                      return purge->done(Status::make(Code::closed, "the store was closed"));
-                                    backend_.pool().put(connection);
-                                    if (!result.status.ok())
-                                      return purge->done(backend_.explain(Facet::state, result));
-                                    then(*result.results[0]);
-                                  });
-                });
+void PgStateStore::ask_for(const PurgePtr& purge, Call call, std::function<void(const Rows&)> then) {
+  ask(std::move(call), 0, [purge, then = std::move(then)](Result<RowsPtr> rows) {
+    if (!rows.ok()) return purge->done(rows.status());
+    then(*rows.value());
+  });
 }
 
 void PgStateStore::after(Nanos pause, std::function<void()> then) {
@@ -102,7 +89,7 @@ void PgStateStore::raise_floors(const PurgePtr& purge) {
   Call call{&sql_.raise_floors,
             {Param::text(std::to_string(purge->limit)), Param::text(purge->background ? "t" : "f"),
              Param::text(std::to_string(purge->background ? kDeadFor / kMilli : 0))}};
-  ask(purge, std::move(call), [this, purge](const Rows& rows) {
+  ask_for(purge, std::move(call), [this, purge](const Rows& rows) {
     purge->floors.clear();
     for (int r = 0; r < rows.rows(); ++r) purge->floors.emplace_back(rows.number(r, 0), rows.number(r, 1));
     if (purge->floors.empty()) return end_purge(purge, Status::success());
@@ -116,7 +103,7 @@ void PgStateStore::raise_floors(const PurgePtr& purge) {
 void PgStateStore::await_writers(const PurgePtr& purge) {
   std::vector<std::string_view> names(purge->writers.begin(), purge->writers.end());
   Call call{&sql_.writers, {purge->looked ? Param::text(array_of_text(names)) : Param::null()}};
-  ask(purge, std::move(call), [this, purge](const Rows& rows) {
+  ask_for(purge, std::move(call), [this, purge](const Rows& rows) {
     purge->looked = true;
     purge->writers.clear();
     for (int r = 0; r < rows.rows(); ++r) purge->writers.emplace_back(rows.text(r, 0));
@@ -138,7 +125,7 @@ void PgStateStore::remove_dead(const PurgePtr& purge) {
   Call call{&sql_.purge,
             {buckets.take(), versions.take(), Param::text(std::to_string(purge->newest)),
              Param::text(std::to_string(purge->limit))}};
-  ask(purge, std::move(call), [this, purge](const Rows& rows) {
+  ask_for(purge, std::move(call), [this, purge](const Rows& rows) {
     const std::int64_t removed = rows.rows() == 1 ? rows.number(0, 0) : 0;
     purge->removed += removed;
     purge->left -= std::min(purge->left, static_cast<std::size_t>(removed));

@@ -258,6 +258,23 @@ void PgStateStore::fail_queued(Lane& lane, const Status& status) {
 
 // --- what is not batched ------------------------------------------------------------------------
 
+void PgStateStore::ask(Call call, std::size_t ops, store::Callback<RowsPtr> done) {
+  backend_.lend(
+      Facet::state, alive_,
+      [this, call = std::move(call), ops, done = std::move(done), alive = alive_](Result<PgPool::Lease> got) {
+        if (!got.ok()) return done(got.status());
+        std::vector<Call> calls{call};
+        count(calls, ops);
+        const PgPool::Lease connection = got.value();
+        connection->run(std::move(calls), [this, connection, done, alive](PipelineResult result) {
+          if (!*alive) return done(Status::make(Code::closed, "the store was closed"));
+          backend_.pool().put(connection);
+          if (!result.status.ok()) return done(backend_.explain(Facet::state, result));
+          done(std::move(result.results[0]));
+        });
+      });
+}
+
 void PgStateStore::scan(const store::SpaceRef& space, const std::string& kind, const std::string& prefix,
                         const std::string& cursor, std::size_t page_size,
                         store::Callback<store::StatePage> done) {
@@ -269,28 +286,17 @@ void PgStateStore::scan(const store::SpaceRef& space, const std::string& kind, c
       &sql_.scan,
       {Param::text(space->name_space), Param::text(space->tenant), Param::text(kind), Param::text(prefix),
        Param::text(cursor), behind(prefix), Param::text(std::to_string(page_size + 1))}};
-  backend_.lend(
-      Facet::state, alive_,
-      [this, call = std::move(call), page_size, done = std::move(done),
-       alive = alive_](Result<PgPool::Lease> got) {
-        if (!got.ok()) return done(got.status());
-        std::vector<Call> calls{call};
-        count(calls, 1);
-        const PgPool::Lease connection = got.value();
-        connection->run(std::move(calls), [this, connection, page_size, done, alive](PipelineResult result) {
-          if (!*alive) return done(Status::make(Code::closed, "the store was closed"));
-          backend_.pool().put(connection);
-          if (!result.status.ok()) return done(backend_.explain(Facet::state, result));
-          const Rows& rows = *result.results[0];
-          store::StatePage page;
-          const int size = std::min(rows.rows(), static_cast<int>(page_size));
-          for (int r = 0; r < size; ++r)
-            page.rows.push_back(
-                {std::string(rows.text(r, 0)), read_value(rows, r, 1), rows.number(r, 4), rows.number(r, 5)});
-          if (rows.rows() > size) page.cursor = page.rows.back().key;
-          done(std::move(page));
-        });
-      });
+  ask(std::move(call), 1, [page_size, done = std::move(done)](Result<RowsPtr> answer) {
+    if (!answer.ok()) return done(answer.status());
+    const Rows& rows = *answer.value();
+    store::StatePage page;
+    const int size = std::min(rows.rows(), static_cast<int>(page_size));
+    for (int r = 0; r < size; ++r)
+      page.rows.push_back(
+          {std::string(rows.text(r, 0)), read_value(rows, r, 1), rows.number(r, 4), rows.number(r, 5)});
+    if (rows.rows() > size) page.cursor = page.rows.back().key;
+    done(std::move(page));
+  });
 }
 
 void PgStateStore::claim_due(const store::SpaceRef& space, const std::string& kind, std::size_t limit,
@@ -301,28 +307,18 @@ void PgStateStore::claim_due(const store::SpaceRef& space, const std::string& ki
              Param::text(std::to_string(std::clamp<std::size_t>(limit, 1, 100'000))),
              Param::text(std::to_string(std::clamp<std::int64_t>(lease, 1, 300'000'000'000'000))),
              kind.empty() ? Param::null() : Param::text(kind)}};
-  backend_.lend(
-      Facet::state, alive_,
-      [this, call = std::move(call), done = std::move(done), alive = alive_](Result<PgPool::Lease> got) {
-        if (!got.ok()) return done(got.status());
-        std::vector<Call> calls{call};
-        count(calls, 1);
-        const PgPool::Lease connection = got.value();
-        connection->run(std::move(calls), [this, connection, done, alive](PipelineResult result) {
-          if (!*alive) return done(Status::make(Code::closed, "the store was closed"));
-          backend_.pool().put(connection);
-          if (!result.status.ok()) return done(backend_.explain(Facet::state, result));
-          const Rows& rows = *result.results[0];
-          std::vector<store::DueKey> due;
-          for (int r = 0; r < rows.rows(); ++r)
-            due.push_back({std::string(rows.text(r, 0)), std::string(rows.text(r, 1)), rows.number(r, 2),
-                           rows.number(r, 3)});
-          std::sort(due.begin(), due.end(), [](const store::DueKey& a, const store::DueKey& b) {
-            return a.due != b.due ? a.due < b.due : a.claim < b.claim;
-          });
-          done(std::move(due));
-        });
-      });
+  ask(std::move(call), 1, [done = std::move(done)](Result<RowsPtr> answer) {
+    if (!answer.ok()) return done(answer.status());
+    const Rows& rows = *answer.value();
+    std::vector<store::DueKey> due;
+    for (int r = 0; r < rows.rows(); ++r)
+      due.push_back(
+          {std::string(rows.text(r, 0)), std::string(rows.text(r, 1)), rows.number(r, 2), rows.number(r, 3)});
+    std::sort(due.begin(), due.end(), [](const store::DueKey& a, const store::DueKey& b) {
+      return a.due != b.due ? a.due < b.due : a.claim < b.claim;
+    });
+    done(std::move(due));
+  });
 }
 
 // --- the end ------------------------------------------------------------------------------------

@@ -84,6 +84,8 @@ class PgStateStore final : public store::StateStore {
   void fail_queued(Lane& lane, const Status& status);
   void count(const std::vector<Call>& calls, std::size_t ops);
   void maybe_closed();
+  // One statement outside of all trips, counted as carrying so many operations.
+  void ask(Call call, std::size_t ops, store::Callback<RowsPtr> done);
 
   // state_trip.cc
   void begin_trip(Lane& lane, StateBatcher::Batch batch, PgPool::Lease connection);
@@ -127,7 +129,7 @@ class PgStateStore final : public store::StateStore {
   void raise_floors(const PurgePtr& purge);
   void await_writers(const PurgePtr& purge);
   void remove_dead(const PurgePtr& purge);
-  void ask(const PurgePtr& purge, Call call, std::function<void(const Rows&)> then);
+  void ask_for(const PurgePtr& purge, Call call, std::function<void(const Rows&)> then);
   void after(Nanos pause, std::function<void()> then);
   void end_purge(const PurgePtr& purge, const Status& status);
 
