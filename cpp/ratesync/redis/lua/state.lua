@@ -152,17 +152,26 @@ function verbs.w()
   if put(s, row, was, version + 1, expires, kind, '0', id, bucket, value) then answer(0, version + 1, expires) end
 end
 
+-- The living row that is meant: version, text of it, expires, type, id, bucket. nil: it was answered why not.
+local function meant(row, expected)
+  local version, found, was, kind, removed, id, bucket = parse(row, redis.pcall('HGET', row, 'm'))
+  if not version and found then
+    answer_error(found)
+  elseif not version or not is_living(was, removed) then
+    answer(1, 0, 0)
+  elseif expected ~= '-1' and found ~= expected then
+    answer(3, version, was)
+  else
+    return version, found, was, kind, id, bucket
+  end
+end
+
 -- id, expected. The row stays until it is purged, for its version.
 function verbs.r()
   local s, row = take_shard(), take_key()
   local id, expected = take_text(), take_text()
-  local version, found, was, kind, removed, _, bucket = parse(row, redis.pcall('HGET', row, 'm'))
-  if not version then
-    if found then return answer_error(found) end
-    return answer(1, 0, 0)
-  end
-  if not is_living(was, removed) then return answer(1, 0, 0) end
-  if expected ~= '-1' and found ~= expected then return answer(3, version, was) end
+  local version, _, was, kind, _, bucket = meant(row, expected)
+  if not version then return end
   if put(s, row, was, version, now_ms, kind, '1', id, bucket, '') then answer(0, version, now_ms) end
 end
 
@@ -211,13 +220,8 @@ end
 function verbs.t()
   local s, row = take_shard(), take_key()
   local ttl, expected = take_text(), take_text()
-  local version, found, was, kind, removed, id, bucket = parse(row, redis.pcall('HGET', row, 'm'))
-  if not version then
-    if found then return answer_error(found) end
-    return answer(1, 0, 0)
-  end
-  if not is_living(was, removed) then return answer(1, 0, 0) end
-  if expected ~= '-1' and found ~= expected then return answer(3, version, was) end
+  local version, found, was, kind, id, bucket = meant(row, expected)
+  if not version then return end
   local expires = expiry(ttl, was)
   if not dry and expires ~= was then
     local m = string.format('%s %.0f %s 0 %s %s', found, expires, kind, id, bucket)
