@@ -102,6 +102,46 @@ async def test_limits_hold_whatever_isolation_the_database_prescribes(
     assert sum(granted for _, granted in results) == 37
 
 
+@pytest.mark.parametrize("what", ["limit", "lock", "state"])
+async def test_refusals_for_passing_reasons_are_outlasted(ratesync_postgres_url, ratesync_asyncpg, what):
+    """A session writes our row all the time: each attempt waits for it and then finds it changed."""
+    name = database(ratesync_postgres_url)
+    await ratesync_asyncpg.execute(
+        f"ALTER DATABASE \"{name}\" SET default_transaction_isolation = 'serializable'"
+    )
+    configure(
+        ratesync_postgres_url, store={"statement_cache": "off"}, rate_per_second=1e6, outage_budget=30.0
+    )
+    store = ratesync.get_store("db")
+    state = store.state(prefix="t_")
+
+    async def use() -> object:
+        match what:
+            case "limit":
+                return await ratesync.acquire("api")
+            case "lock":
+                async with store.lock("api", ttl=60) as lease:
+                    return lease.token
+            case _:
+                return await state.increment("api")
+
+    await use()
+    table, column = {
+        "limit": ("rate_limiter_state", "version"),
+        "lock": ("acteon_locks", "token"),
+        "state": ("t_state", "version"),
+    }[what]
+    refused = (await store.stats())["conflicts"] + 14
+    async with ratesync_asyncpg.acquire() as session:
+        change = f"UPDATE {table} SET {column} = {column}"
+        await session.execute(f"BEGIN; {change}")
+        asking = asyncio.ensure_future(use())
+        while (await store.stats())["conflicts"] < refused and not asking.done():
+            await session.execute(f"COMMIT; BEGIN; {change}")
+        await session.execute("COMMIT")
+    await asking
+
+
 async def test_a_trigger_that_refuses_one_group_does_not_fail_its_neighbours(
     ratesync_postgres_url, ratesync_asyncpg
 ):

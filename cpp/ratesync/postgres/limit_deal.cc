@@ -14,8 +14,6 @@ namespace ratesync::postgres {
 
 namespace {
 
-constexpr unsigned kAttempts = 12;
-constexpr unsigned kLongestPause = 5;  // as a power of two, in milliseconds
 constexpr unsigned kLostRaces = 20;
 // A connection is given back after so many trips, so that others get their turn.
 constexpr unsigned kTripsInARow = 16;
@@ -225,7 +223,8 @@ void PgLimitStore::answered(TripPtr trip, PipelineResult result) {
   }
   deal_sides(*trip, dealt);
   deal_peeks(*trip, result, dealt);
-  trip->attempt = 1;
+  trip->patience.renew();
+  trip->lost_connections = 0;
 
   // Requests that were sent come before those that were not.
   trip->pending = std::move(dealt.again);
@@ -413,8 +412,8 @@ void PgLimitStore::failed(const TripPtr& trip, const PipelineResult& result) {
 
   if (lost_race) {
     ++stats_.conflicts;
-    if (++trip->attempt <= kAttempts) return retry_later(trip);
-  } else if (status.code == Code::unavailable && ++trip->attempt <= 2) {
+    if (trip->patience.lasts(status.sqlstate, clock_.now())) return retry_later(trip);
+  } else if (status.code == Code::unavailable && ++trip->lost_connections <= 1) {
     return reconnect(trip);  // certainly not executed: an idle connection had died
   } else if (status.code == Code::server && is_row_fault(status.sqlstate) && asked.size() > 1) {
     const auto middle = asked.begin() + static_cast<std::ptrdiff_t>(asked.size() / 2);
@@ -425,7 +424,8 @@ void PgLimitStore::failed(const TripPtr& trip, const PipelineResult& result) {
     return start_round(trip);
   }
 
-  trip->attempt = 1;
+  trip->patience.renew();
+  trip->lost_connections = 0;
   trip->pending = std::move(later);
   const Status told = status.code == Code::server ? backend_.explain(result) : status;
   start_round(trip);
@@ -437,10 +437,8 @@ void PgLimitStore::fail_ops(const OpList& ops, const Status& status) {
 }
 
 void PgLimitStore::retry_later(const TripPtr& trip) {
-  const Nanos pause = kMilli * (1 << std::min(trip->attempt, kLongestPause));
   auto timer = std::make_shared<asio::steady_timer>(io_);
-  timer->expires_after(
-      std::chrono::nanoseconds(pause / 2 + static_cast<Nanos>(random_() % static_cast<unsigned>(pause))));
+  timer->expires_after(std::chrono::nanoseconds(pause_after(trip->patience.refusals(), random_)));
   timer->async_wait([this, trip, timer, alive = alive_](const asio::error_code&) {
     if (*alive) start_round(trip);
   });

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "ratesync/postgres/limit_store.h"
+#include "ratesync/postgres/patience.h"
 
 namespace ratesync::postgres {
 
@@ -27,7 +28,8 @@ struct PgLimitStore::Trip {
   std::vector<Holding*> stated;          // what the round states about slots, run by run; null: no slots
   std::vector<std::size_t> stated_from;  // layer by layer
   std::size_t layer_call = 0, peek_call = 0, window_peek_call = 0;  // indexes into the pipeline
-  unsigned attempt = 1;                                             // of the round
+  Patience patience;                                                // with what the server refuses
+  unsigned lost_connections = 0;                                    // in a row, before anything was sent
   unsigned lost_races = 0;  // rounds in a row in which an insert was lost
   Nanos sent = 0;
 };

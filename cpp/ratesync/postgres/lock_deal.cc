@@ -14,9 +14,7 @@ using Outcome = store::LockReply::Outcome;
 
 namespace {
 
-constexpr unsigned kAttempts = 12;
-constexpr unsigned kReconnects = 8;    // while the server can be reached at all
-constexpr unsigned kLongestPause = 5;  // as a power of two, in milliseconds
+constexpr unsigned kReconnects = 7;  // while the server can be reached at all
 constexpr unsigned kLostRaces = 20;
 // After a lost answer: pauses between attempts to reach the server, and the end where there is no deadline.
 constexpr Nanos kDoubtPause = kSecond / 4;
@@ -208,7 +206,8 @@ void PgLockStore::deal_asked(const LockItems& items, const Rows& rows, bool queu
 
 void PgLockStore::answered(const TripPtr& trip, PipelineResult result) {
   if (!result.status.ok()) return failed(trip, result);
-  trip->attempt = 1;
+  trip->patience.renew();
+  trip->lost_connections = 0;
   const LockRound& round = trip->round;
   Dealt dealt;
   if (!round.keeps.empty()) deal_keeps(*trip, *result.results[trip->keep_call], dealt);
@@ -245,14 +244,13 @@ void PgLockStore::failed(const TripPtr& trip, const PipelineResult& result) {
     trip->pending.insert(trip->pending.end(), later.begin(), later.end());
   };
 
-  if (status.code == Code::server && is_transient(status.sqlstate) && ++trip->attempt <= kAttempts) {
+  if (status.code == Code::server && is_transient(status.sqlstate) &&
+      trip->patience.lasts(status.sqlstate, clock_.now())) {
     ++stats_.conflicts;
     all_again();
-    const Nanos pause = kMilli * (1 << std::min(trip->attempt, kLongestPause));
-    return retry_later(trip, pause / 2 + static_cast<Nanos>(random_() % static_cast<unsigned>(pause)),
-                       &PgLockStore::start_round);
+    return retry_later(trip, pause_after(trip->patience.refusals(), random_), &PgLockStore::start_round);
   }
-  if (status.code == Code::unavailable && ++trip->attempt <= kReconnects) {
+  if (status.code == Code::unavailable && ++trip->lost_connections <= kReconnects) {
     all_again();
     return reconnect(trip);  // certainly not executed: an idle connection had died, or the backend was killed
   }
@@ -269,7 +267,8 @@ void PgLockStore::failed(const TripPtr& trip, const PipelineResult& result) {
     trip->pending.assign(asked.begin(), middle);
     return start_round(trip);
   }
-  trip->attempt = 1;
+  trip->patience.renew();
+  trip->lost_connections = 0;
   trip->pending = std::move(later);
   const Status told = status.code == Code::server ? backend_.explain(Facet::locks, result) : status;
   start_round(trip);

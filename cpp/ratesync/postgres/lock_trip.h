@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "ratesync/postgres/lock_store.h"
+#include "ratesync/postgres/patience.h"
 
 namespace ratesync::postgres {
 
@@ -26,7 +27,8 @@ struct PgLockStore::Trip {
   LockRound round;                // under way
   LockItems freeing;              // of it: what the first in line is told about
   std::size_t keep_call = 0, take_call = 0, notify_call = 0, look_call = 0, queue_call = 0;
-  unsigned attempt = 1;  // of the round
+  Patience patience;              // with what the server refuses
+  unsigned lost_connections = 0;  // in a row, before anything was sent
   Nanos began = 0;
 };
 

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "ratesync/batch/batcher.h"
+#include "ratesync/postgres/patience.h"
 #include "ratesync/store/state_store.h"
 
 namespace ratesync::postgres {
@@ -23,7 +24,7 @@ struct QueuedState {
   bool alone = false;                  // has to be decided on by itself
   bool seen = false;                   // create: the key has been there a moment ago
   unsigned cut = 0;                    // after a row was refused: stages are cut in two until it is found
-  unsigned attempts = 0;               // that were refused for a passing reason
+  Patience patience;                   // with refusals for a passing reason
   unsigned races = 0;                  // in a row in which it got no answer
   bool doubted = false;                // its first answer was lost, and it is sent again
   QueuedState* next = nullptr;         // of the same line

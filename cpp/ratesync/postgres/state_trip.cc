@@ -16,9 +16,7 @@ using Kind = StateStage::Kind;
 
 namespace {
 
-constexpr unsigned kAttempts = 12;
 constexpr unsigned kRaces = 20;
-constexpr unsigned kLongestPause = 5;  // as a power of two, in milliseconds
 constexpr std::size_t kRoundBytes = 16'000'000;
 
 Nanos deadline_of(const QueuedState& item) { return item.batch ? item.batch->deadline : item.op->deadline; }
@@ -179,7 +177,8 @@ void PgStateStore::refused(Trip& trip, const StateStage& stage, const PipelineRe
     trip.pause = true;
     StateItems over;
     for (QueuedState* item : items) {
-      const bool late = ++item->attempts > kAttempts || deadline_of(*item) <= clock_.now();
+      const bool late =
+          !item->patience.lasts(status.sqlstate, clock_.now()) || deadline_of(*item) <= clock_.now();
       (late ? over : dealt.again).push_back(item);
     }
     items = std::move(over);
@@ -213,10 +212,8 @@ void PgStateStore::not_sent(const TripPtr& trip, const Status& status) {
 }
 
 void PgStateStore::retry_later(const TripPtr& trip) {
-  const Nanos pause = kMilli * (1 << std::min(++trip->pauses, kLongestPause));
   auto timer = std::make_shared<asio::steady_timer>(backend_.io());
-  timer->expires_after(
-      std::chrono::nanoseconds(pause / 2 + static_cast<Nanos>(random_() % static_cast<unsigned>(pause))));
+  timer->expires_after(std::chrono::nanoseconds(pause_after(++trip->pauses, random_)));
   timer->async_wait([this, trip, timer, alive = alive_](const asio::error_code&) {
     if (*alive) start_round(trip);
   });
