@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import pytest
 
 from ratesync.testing import RedisCluster, RedisSentinel, RedisServer
 from ratesync.testing._resp import RespConnection, RespError
+from ratesync.testing._server import HeldPort
 from ratesync.testing.redis import ExternalRedis, RedisNotFoundError, find_redis
 
 try:
@@ -64,6 +66,34 @@ def test_a_persistent_server_keeps_every_write_of_a_killed_one() -> None:
         server.call("SET", "kept", 1)
         server.restart()
         assert server.call("GET", "kept") == "1"
+
+
+def test_a_server_is_ready_only_when_it_has_read_its_data() -> None:
+    # It answers INFO meanwhile, and refuses everything else.
+    with RedisServer(persist=True, settings={"key-load-delay": 200, "appendfsync": "no"}) as server:
+        server.call("EVAL", "for i = 1, 3000 do redis.call('SET', 'k' .. i, i) end", 0)
+        server.call("SET", "last", 1)
+        server.stop()
+        server.start()
+        assert server.call("GET", "last") == "1"
+        assert "Loading" in server.log() or "DB loaded" in server.log()
+
+
+def test_a_port_stays_with_its_server_while_that_is_down(server: RedisServer) -> None:
+    port = server.port
+    server.kill()
+    with pytest.raises(OSError, match="in use"), socket.socket() as other:
+        other.bind(("127.0.0.1", port))
+    for _ in range(2000):
+        with HeldPort() as other_port:
+            assert other_port.number != port
+    server.start()
+    assert (server.port, server.call("PING")) == (port, "PONG")
+
+
+def test_a_cluster_node_holds_the_port_of_its_bus_too() -> None:
+    with HeldPort(bus=True) as held, pytest.raises(OSError, match="in use"), socket.socket() as other:
+        other.bind(("127.0.0.1", held.number + 10_000))
 
 
 def test_a_paused_server_is_silent_and_goes_on_when_resumed(server: RedisServer) -> None:
@@ -201,7 +231,6 @@ def fill(cluster: RedisCluster, count: int) -> dict[str, int]:
     return keys
 
 
-@pytest.mark.timeout(90)
 def test_moved_slots_take_their_keys_along(ratesync_redis_cluster: RedisCluster) -> None:
     cluster = ratesync_redis_cluster
     source, target, _ = cluster.primaries
@@ -217,7 +246,6 @@ def test_moved_slots_take_their_keys_along(ratesync_redis_cluster: RedisCluster)
     cluster.move_slots(mine, target, source)
 
 
-@pytest.mark.timeout(90)
 def test_a_replica_takes_over_from_a_killed_node_and_the_cluster_heals(
     ratesync_redis_cluster: RedisCluster,
 ) -> None:
@@ -235,7 +263,6 @@ def test_a_replica_takes_over_from_a_killed_node_and_the_cluster_heals(
     assert victim in cluster.replicas_of(heir)
 
 
-@pytest.mark.timeout(90)
 def test_the_sentinels_promote_the_replica_time_and_again(ratesync_redis_sentinel: RedisSentinel) -> None:
     group = ratesync_redis_sentinel
     for turn in range(2):
@@ -249,7 +276,6 @@ def test_the_sentinels_promote_the_replica_time_and_again(ratesync_redis_sentine
         assert new.call("GET", "turn") == str(turn)
 
 
-@pytest.mark.timeout(90)
 @pytest.mark.parametrize("tls", [False, True])
 def test_topologies_with_passwords(tls: bool) -> None:
     with RedisCluster(password=HOSTILE, tls=tls) as cluster:

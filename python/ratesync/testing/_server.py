@@ -1,16 +1,76 @@
-"""What the servers of the test kit share: a free port, and the log that a server writes."""
+"""What the servers of the test kit share: a port that stays theirs, and the log that a server writes."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import socket
 from pathlib import Path
 
+_HOST = "127.0.0.1"
 
-def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+
+def _bound(port: int) -> socket.socket:
+    sock = socket.socket()
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((_HOST, port))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+@functools.cache
+def _can_be_held() -> bool:
+    """Whether a server can listen on a port that another socket is bound to (Linux: yes)."""
+    try:
+        with _bound(0) as held, _bound(held.getsockname()[1]) as server:
+            server.listen()
+            return True
+    except OSError:
+        return False
+
+
+class HeldPort:
+    """A free port of 127.0.0.1 that nobody else gets until `close()`, also while its server is down.
+
+    A socket is bound to it that never listens. The system gives such a port to nobody who asks for a free
+    one and to no outgoing connection; a server that sets SO_REUSEADDR, as all do, may listen on it all the
+    same. Where the system does not allow that, the port was free at the moment of choice, and no more.
+
+    Args:
+        bus: the port 10,000 higher is held too: a Redis Cluster's node listens there for the others.
+    """
+
+    def __init__(self, *, bus: bool = False) -> None:
+        self._sockets: list[socket.socket] = []
+        for _ in range(1000):
+            held = _bound(0)
+            self.number = int(held.getsockname()[1])
+            self._sockets = [held]
+            if not bus:
+                break
+            with contextlib.suppress(OSError, OverflowError):
+                self._sockets.append(_bound(self.number + 10_000))
+                break
+            self.close()
+        else:
+            raise RuntimeError("no free pair of ports for a Redis Cluster node")
+        if not _can_be_held():
+            self.close()
+
+    def close(self) -> None:
+        """Anybody may have it."""
+        for sock in self._sockets:
+            sock.close()
+        self._sockets = []
+
+    def __enter__(self) -> HeldPort:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
 
 class ServerLog:

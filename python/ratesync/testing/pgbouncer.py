@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from ratesync.testing._server import HeldPort
+
 __all__ = ["BINARY", "PgBouncer"]
 
 BINARY = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
@@ -29,9 +31,8 @@ class PgBouncer:
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
         self._home = Path(tempfile.mkdtemp(prefix="ratesync-bouncer-"))
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self._held = HeldPort()
+        self.port = self._held.number
         password = f" password={parts.password}" if parts.password else ""
         (self._home / "ini").write_text(
             f"[databases]\n* = host={parts.hostname} port={parts.port or 5432} user={parts.username}"
@@ -59,7 +60,7 @@ class PgBouncer:
                 stderr=log,
                 **self._identity,
             )
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while True:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
                 return
@@ -77,6 +78,7 @@ class PgBouncer:
     def close(self) -> None:
         """Kills it and removes its files."""
         self.stop()
+        self._held.close()
         shutil.rmtree(self._home, ignore_errors=True)
 
     def through(self, url: str) -> str:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote, urlencode, urlsplit, urlunsplit
 
-from ratesync.testing._server import ServerLog, free_port
+from ratesync.testing._server import HeldPort, ServerLog
 from ratesync.testing._sql import execute
 
 __all__ = ["ExternalPostgres", "PostgresNotFoundError", "PostgresServer"]
@@ -169,6 +169,7 @@ class PostgresServer(ServerLog, _Databases):
         self._home: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._guard: subprocess.Popen[bytes] | None = None
+        self._held: HeldPort | None = None
 
     @staticmethod
     def find(*, durable: bool = True) -> PostgresServer | ExternalPostgres:
@@ -197,7 +198,7 @@ class PostgresServer(ServerLog, _Databases):
                 if "shared memory" in str(failure) and attempt < 19:
                     time.sleep(0.1)
                 elif "Address already in use" in str(failure) and attempt < 5:
-                    self.port = free_port()
+                    self._take_port()
                 else:
                     raise RuntimeError(f"PostgreSQL did not start; its log:\n{failure}") from None
         raise AssertionError("not reached")
@@ -255,12 +256,15 @@ class PostgresServer(ServerLog, _Databases):
 
     def promote(self) -> None:
         """Makes a standby the primary and returns when it accepts writes."""
-        self.execute("SELECT pg_promote(true, 30)")
+        [(done,)] = self.execute("SELECT pg_promote(true, 60)")
+        if not done:
+            raise RuntimeError(f"the standby was not promoted within 60 s; its log:\n{self.log()}")
 
     def close(self) -> None:
         """Stops the server and removes its files."""
         atexit.unregister(self.close)
         self.stop("immediate")
+        self._let_go()
         if self._home is not None:
             shutil.rmtree(self._home, ignore_errors=True)
             self._home = None
@@ -323,8 +327,18 @@ class PostgresServer(ServerLog, _Databases):
         self._guard = subprocess.Popen(
             ["sh", "-c", _GUARD, "sh", str(home)], stdin=subprocess.PIPE, start_new_session=True
         )
-        self.port = free_port()
+        self._take_port()
         return home
+
+    def _take_port(self) -> None:
+        self._let_go()
+        self._held = HeldPort()
+        self.port = self._held.number
+
+    def _let_go(self) -> None:
+        held, self._held = self._held, None
+        if held is not None:
+            held.close()
 
     def _initialize(self) -> None:
         home = self._make_home()
@@ -379,8 +393,11 @@ class PostgresServer(ServerLog, _Databases):
             time.sleep(0.01)
 
     def _signal_all(self, number: signal.Signals) -> None:
-        if self._process is not None:
-            for pid in (self._process.pid, *_children(self._process.pid)):
+        if self._process is None:
+            return
+        self._process.send_signal(number)  # first, so that no backend is added while they are counted
+        for pid in _children(self._process.pid):
+            with contextlib.suppress(ProcessLookupError):  # a backend that has just ended
                 os.kill(pid, number)
 
 

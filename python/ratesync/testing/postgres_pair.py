@@ -115,8 +115,8 @@ class PostgresPair(_Databases):
 
     def _wait(self, what: str, ready: object) -> None:
         assert callable(ready)
-        end = time.monotonic() + 30
+        end = time.monotonic() + 60
         while not ready():
             if time.monotonic() > end:
-                raise RuntimeError(f"waited 30 s until {what}; the logs:\n{self.log()}")
+                raise RuntimeError(f"waited 60 s until {what}; the logs:\n{self.log()}")
             time.sleep(0.02)

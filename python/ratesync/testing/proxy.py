@@ -19,6 +19,8 @@ from collections.abc import Callable
 from typing import Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
+from ratesync.testing._server import HeldPort
+
 __all__ = ["TcpProxy"]
 
 Direction = Literal["requests", "replies"]
@@ -63,6 +65,7 @@ class TcpProxy:
     def __init__(self, host: str, port: int) -> None:
         self._target = (host, port)
         self.port = 0
+        self._held: HeldPort | None = None
         self.accepted = 0
         self._links: set[_Link] = set()
         self._drop_new = False
@@ -74,6 +77,8 @@ class TcpProxy:
 
     def start(self) -> TcpProxy:
         """Begins to listen."""
+        self._held = HeldPort()
+        self.port = self._held.number
         self._thread.start()
         self._call(self._open_gates)
         self._wait(self._listen())
@@ -87,6 +92,8 @@ class TcpProxy:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+        if self._held is not None:
+            self._held.close()
 
     def __enter__(self) -> TcpProxy:
         return self.start()
@@ -172,8 +179,7 @@ class TcpProxy:
 
     async def _listen(self) -> None:
         if self._server is None:
-            self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
-            self.port = self._server.sockets[0].getsockname()[1]
+            self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, reuse_address=True)
 
     async def _unlisten(self) -> None:
         if self._server is not None:

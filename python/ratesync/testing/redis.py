@@ -16,7 +16,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import ssl
 import subprocess
 import tempfile
@@ -27,7 +26,7 @@ from typing import Any
 from urllib.parse import quote, unquote, urlencode, urlsplit
 
 from ratesync.testing._resp import Argument, RespConnection, RespError
-from ratesync.testing._server import ServerLog, free_port
+from ratesync.testing._server import HeldPort, ServerLog
 
 __all__ = ["ExternalRedis", "RedisNotFoundError", "RedisServer"]
 
@@ -133,7 +132,7 @@ class RedisServer(ServerLog):
     """One Redis server of our own, which keeps nothing on disk unless asked to.
 
     Args:
-        port: of 127.0.0.1; 0 takes a free one, which stays the same over restarts.
+        port: of 127.0.0.1; 0 takes a free one, which stays the same, and its own, over restarts.
         unix_socket: listen on a Unix socket only.
         tls: speak TLS only, with certificates made on the spot: see `ca_file`.
         password: of the default user; None: no password.
@@ -182,6 +181,8 @@ class RedisServer(ServerLog):
         self._settings |= settings or {}
         self._directory = _home
         self._home: _Home | None = None
+        self._chosen = port != 0 or unix_socket  # by the caller, who answers for it
+        self._held: HeldPort | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
     @staticmethod
@@ -193,9 +194,14 @@ class RedisServer(ServerLog):
     # Life cycle -----------------------------------------------------------------------------------
 
     def start(self) -> RedisServer:
-        """Starts the server and returns when it answers. Does nothing while it runs."""
+        """Starts the server and returns when it serves its data. Does nothing while it runs.
+
+        Raises:
+            RuntimeError: it ended, or did not serve within a minute; the message has its log.
+        """
         if self.running:
             return self
+        first = self._held is None and not self._chosen
         self._prepare()
         for attempt in range(20):
             try:
@@ -204,6 +210,8 @@ class RedisServer(ServerLog):
             except _StartFailure as failure:
                 if "Address already in use" not in str(failure) or attempt == 19:
                     raise RuntimeError(f"Redis did not start; its log:\n{failure}") from None
+                if first:
+                    self._take_port()
                 time.sleep(0.1)  # one that was killed a moment ago
         raise AssertionError("not reached")
 
@@ -232,6 +240,7 @@ class RedisServer(ServerLog):
         """Kills the server and removes its files."""
         atexit.unregister(self.close)
         self.kill()
+        self._let_go()
         home, self._home = self._home, None
         if home is not None:
             self._directory = None
@@ -325,8 +334,8 @@ class RedisServer(ServerLog):
             self._directory = self._home.path
             atexit.register(self.close)
         self._directory.mkdir(exist_ok=True)
-        if self.port == 0 and not self._unix:
-            self.port = free_port()
+        if self._held is None and not self._chosen:
+            self._take_port()
         if self._tls and not self.ca_file.exists():
             make_certificates(self._directory)
 
@@ -375,18 +384,30 @@ class RedisServer(ServerLog):
                 start_new_session=True,  # Ctrl-C is for us
             )
         deadline = time.monotonic() + 60
-        while not self._answers():
+        while not self._serves():
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self._end(signal.SIGKILL)
                 raise _StartFailure((home / "log").read_bytes()[begin:].decode(errors="replace"))
             time.sleep(0.005)
 
-    def _answers(self) -> bool:
-        # Another server may have taken the port before ours: only our own pid counts.
+    def _serves(self) -> bool:
+        # Another server may have taken the port before ours: only our own pid counts. INFO is answered also
+        # while the data is read from disk or from a primary; a Sentinel has none and says nothing of it.
         try:
-            return int(self.info("server")["process_id"]) == self.pid
+            facts = self.info()
+            return int(facts["process_id"]) == self.pid and facts.get("loading", "0") == "0"
         except (OSError, RespError, KeyError):
             return False
+
+    def _take_port(self) -> None:
+        self._let_go()
+        self._held = HeldPort(bus=self._settings.get("cluster-enabled") == "yes")
+        self.port = self._held.number
+
+    def _let_go(self) -> None:
+        held, self._held = self._held, None
+        if held is not None:
+            held.close()
 
     def _signal(self, number: signal.Signals) -> None:
         if self.running and self._process is not None:
@@ -416,19 +437,6 @@ class _StartFailure(Exception):
 def quoted(text: str) -> str:
     """One argument of redis.conf, whatever characters it has."""
     return '"' + "".join(c if c.isalnum() else "".join(f"\\x{b:02x}" for b in c.encode()) for c in text) + '"'
-
-
-def cluster_port() -> int:
-    """A free port of 127.0.0.1 for a Cluster's node; the one 10,000 higher, for its bus, is free too."""
-    for _ in range(1000):
-        port = free_port()
-        with socket.socket() as bus, contextlib.suppress(OSError, OverflowError):
-            port = port if port <= 55_535 else port - 20_000
-            bus.bind(("127.0.0.1", port + 10_000))
-            with socket.socket() as again:
-                again.bind(("127.0.0.1", port))
-            return port
-    raise RuntimeError("no free pair of ports for a Redis Cluster node")
 
 
 def make_certificates(directory: Path) -> None:

@@ -21,8 +21,7 @@ from pathlib import Path
 from urllib.parse import quote, urlencode
 
 from ratesync.testing._resp import RespError
-from ratesync.testing._server import free_port
-from ratesync.testing.redis import RedisServer, _Home, cluster_port, make_certificates, quoted
+from ratesync.testing.redis import RedisServer, _Home, make_certificates, quoted
 
 __all__ = ["RedisCluster", "RedisSentinel"]
 
@@ -58,6 +57,7 @@ class _Group:
         atexit.unregister(self.close)
         for server in self.servers:
             server.kill()
+            server._let_go()
         home, self._home = self._home, None
         if home is not None:
             home.close()
@@ -66,7 +66,7 @@ class _Group:
         """The end of each server's log."""
         return "\n".join(f"--- {server.port}\n{server.log(lines)}" for server in self.servers)
 
-    def _wait(self, what: str, condition: Callable[[], bool], within: float = 30.0) -> None:
+    def _wait(self, what: str, condition: Callable[[], bool], within: float = 60.0) -> None:
         deadline = time.monotonic() + within
         while True:
             with contextlib.suppress(*_AWAY):
@@ -119,7 +119,6 @@ class RedisCluster(_Group):
         home = self._open()
         for number in range(3 * (1 + self._replicas)):
             server = RedisServer(
-                port=cluster_port(),
                 password=self._password,
                 settings=self._settings,
                 tls=self._tls,
@@ -290,9 +289,7 @@ class _SentinelServer(RedisServer):
         _home: Path,
         _certificates: Path | None,
     ) -> None:
-        super().__init__(
-            port=free_port(), password=password, tls=tls, _home=_home, _certificates=_certificates
-        )
+        super().__init__(password=password, tls=tls, _home=_home, _certificates=_certificates)
         self._name = name
         self._options = [
             f"sentinel down-after-milliseconds {name} {down_after_ms}",
@@ -310,6 +307,10 @@ class _SentinelServer(RedisServer):
     def forget(self) -> None:
         """Removes what it learned."""
         (self._where() / "conf").unlink(missing_ok=True)
+
+    def _take_port(self) -> None:
+        super()._take_port()
+        self.forget()  # which has the port
 
     def _config(self) -> str:
         home = self._where()
