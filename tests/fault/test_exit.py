@@ -1,7 +1,8 @@
 """A process that uses ratesync ends: at once, with its own exit code, without a word on stderr.
 
 Whatever is under way - tasks that wait, permits held, threads blocked, calls made while the interpreter
-is taken apart. Each test is a script in a process of its own, with three seconds to end.
+is taken apart. Each test is a script in a process of its own. At once means: long before anything that
+would end by itself, on a machine that may stand still for seconds.
 """
 
 from __future__ import annotations
@@ -11,8 +12,6 @@ import sys
 import textwrap
 
 import pytest
-
-pytestmark = pytest.mark.timeout(60)
 
 PRELUDE = """
 import asyncio, atexit, gc, os, sys, threading, time
@@ -26,7 +25,7 @@ def use_the_io_thread():
     get_limiter("slot")._peek(None).wait()
 """
 
-SECONDS = 3.0
+SECONDS = 25.0
 
 
 def run(script: str, *, code: int = 0, stderr: str = "", stdout: str | None = None) -> str:
@@ -35,7 +34,7 @@ def run(script: str, *, code: int = 0, stderr: str = "", stdout: str | None = No
         [sys.executable, "-X", "faulthandler", "-c", PRELUDE + textwrap.dedent(script)],
         capture_output=True,
         text=True,
-        timeout=SECONDS + 2,  # the start of the interpreter on a busy machine
+        timeout=SECONDS,
         check=False,
     )
     assert ended.returncode == code, ended.stderr
@@ -268,7 +267,7 @@ def test_exit_handlers_registered_before_the_import_get_a_clear_error() -> None:
         limiter._peek(None).wait()
     """)
     ended = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=5, check=False
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=SECONDS, check=False
     )
     assert (ended.returncode, ended.stderr, ended.stdout) == (0, "", "True\nTrue\nTrue\n")
 
@@ -343,6 +342,6 @@ def test_a_system_that_gives_no_thread_is_an_error_and_no_abort() -> None:
         os.execv(sys.executable, [sys.executable, "-c", limit + sys.argv[1]])
     """)
     ended = subprocess.run(
-        [sys.executable, "-c", starve, script], capture_output=True, text=True, timeout=5, check=False
+        [sys.executable, "-c", starve, script], capture_output=True, text=True, timeout=SECONDS, check=False
     )
     assert (ended.returncode, ended.stderr, ended.stdout) == (0, "", "True\nTrue\n")

@@ -14,10 +14,7 @@ import textwrap
 
 import pytest
 
-pytestmark = [
-    pytest.mark.timeout(60),
-    pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here"),
-]
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 
 PRELUDE = """
 import asyncio, gc, multiprocessing, os, signal, sys, threading, time, traceback, warnings
@@ -61,7 +58,7 @@ def take_both_and_be_refused():
 """
 
 
-def run(script: str, *, expect: int = 0, seconds: float = 20, stdout: str = "done\n") -> None:
+def run(script: str, *, expect: int = 0, seconds: float = 60, stdout: str = "done\n") -> None:
     ended = subprocess.run(
         [sys.executable, "-c", PRELUDE + textwrap.dedent(script) + "\nprint('done', flush=True)\n"],
         capture_output=True,
@@ -118,8 +115,8 @@ def test_the_parents_permits_stay_the_parents() -> None:
         in_child(child)
         assert in_use() == 2
         quick.release(); waited.release()
-        time.sleep(0.02)
-        assert in_use() == 0
+        while in_use():
+            time.sleep(0.001)
     """)
 
 
@@ -164,7 +161,7 @@ def test_a_child_that_leaves_the_parents_body_by_an_exception() -> None:
             with limiter, acquire("slots"):
                 pid = os.fork()
                 if pid == 0:
-                    signal.alarm(5)
+                    signal.alarm(60)
                     raise ZeroDivisionError
                 _, status = os.waitpid(pid, 0)
                 assert status == 0, status
@@ -235,7 +232,7 @@ def test_a_child_may_end_like_any_process() -> None:
         use_the_io_thread()
         pid = os.fork()
         if pid == 0:
-            signal.alarm(5)
+            signal.alarm(60)
             take_both_and_be_refused()
             sys.exit(7)  # through atexit and finalization
         _, status = os.waitpid(pid, 0)
@@ -269,7 +266,7 @@ def test_multiprocessing(method: str, tmp_path) -> None:
     """)
     )
     ended = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=50, check=False
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False
     )
     assert (ended.returncode, ended.stdout) == (0, "done\n"), ended.stderr
 

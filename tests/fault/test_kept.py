@@ -11,8 +11,6 @@ from ratesync._core import State
 from ratesync._engine import Engine
 from ratesync.errors import ConfigValidationError
 
-pytestmark = pytest.mark.timeout(20)
-
 
 class Rig:
     def __init__(self) -> None:

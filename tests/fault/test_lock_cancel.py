@@ -18,8 +18,6 @@ from ratesync._core import Lease, Lock
 from ratesync._engine import Engine
 from ratesync.errors import ConfigValidationError, LockLostError, LockTimeoutError, StoreClosedError
 
-pytestmark = pytest.mark.timeout(20)
-
 
 class Rig:
     """Locks in memory on an engine with a manual clock."""

@@ -14,8 +14,6 @@ import pytest
 from ratesync._core import Lock
 from ratesync._engine import Engine
 
-pytestmark = pytest.mark.timeout(60)
-
 PRELUDE = """
 import asyncio, os, sys, threading, time, warnings
 import ratesync
@@ -30,7 +28,7 @@ def lock(store, name="a", **options):
 """
 
 
-def run(script: str, *args: str, code: int = 0, seconds: float = 20) -> str:
+def run(script: str, *args: str, code: int = 0, seconds: float = 60) -> str:
     ended = subprocess.run(
         [sys.executable, "-X", "faulthandler", "-c", PRELUDE + textwrap.dedent(script), *args],
         capture_output=True,

@@ -27,8 +27,6 @@ SPAWN = multiprocessing.get_context("spawn")
 PROCESSES = 4
 LOCKS = 3
 
-pytestmark = pytest.mark.timeout(180)
-
 
 @dataclass
 class Notes:

@@ -12,11 +12,11 @@ import pytest
 import ratesync
 from ratesync.testing import RedisServer, TcpProxy
 
-BUDGET = 0.25
-# A call may cost its budget, the check's granularity, and what a loaded two-core machine adds.
-AT_MOST = BUDGET + 1.0
-
-pytestmark = pytest.mark.timeout(60)
+BUDGET = 0.3
+# A call may cost its budget, and what a machine adds that stands still meanwhile. Waiting for the socket
+# instead would take HANG.
+AT_MOST = BUDGET + 8
+HANG = 30.0
 
 
 @pytest.fixture
@@ -26,13 +26,19 @@ def server() -> Iterator[RedisServer]:
         ratesync.shutdown()
 
 
-def configure(url: str, *, fail_closed: bool = False, **limiter: object) -> None:
-    ratesync.configure_store(
-        "r", "redis", url=url, socket_timeout=1.0, socket_connect_timeout=1.0, key_prefix="fault"
-    )
+def configure(
+    url: str,
+    *,
+    fail_closed: bool = False,
+    budget: float = BUDGET,
+    socket_timeout: float = HANG,
+    **limiter: object,
+) -> None:
+    timeouts = {"socket_timeout": socket_timeout, "socket_connect_timeout": socket_timeout}
+    ratesync.configure_store("r", "redis", url=url, key_prefix="fault", **timeouts)
     limiter.setdefault("rate_per_second", 1e6)
     limiter.setdefault("burst", 1000)
-    ratesync.configure_limiter("api", "r", fail_closed=fail_closed, outage_budget=BUDGET, **limiter)
+    ratesync.configure_limiter("api", "r", fail_closed=fail_closed, outage_budget=budget, **limiter)
 
 
 async def timed_acquire() -> float:
@@ -54,7 +60,7 @@ async def costs_the_budget_at_most(*, fail_closed: bool) -> None:
     assert time.monotonic() - start < AT_MOST
 
 
-async def recovers(within: float = 10.0) -> None:
+async def recovers(within: float = 60.0) -> None:
     """A grant that the server really decided."""
     async with asyncio.timeout(within):
         while True:
@@ -70,7 +76,7 @@ async def recovers(within: float = 10.0) -> None:
             await asyncio.sleep(0.02)
 
 
-async def slots_come_free(within: float = 15.0) -> None:
+async def slots_come_free(within: float = 60.0) -> None:
     async with asyncio.timeout(within):
         while (await ratesync.get_limiter("api").peek()).in_use != 0:
             await asyncio.sleep(0.05)
@@ -79,7 +85,7 @@ async def slots_come_free(within: float = 15.0) -> None:
 @pytest.mark.parametrize("fail_closed", [False, True])
 async def test_a_killed_server_costs_the_budget_and_comes_back_with_empty_memory(server, fail_closed):
     configure(server.url, fail_closed=fail_closed)
-    await timed_acquire()
+    await recovers()
     server.kill()
     for _ in range(5):
         await costs_the_budget_at_most(fail_closed=fail_closed)
@@ -103,18 +109,22 @@ async def test_the_rate_holds_over_a_restart_with_empty_memory_but_for_one_burst
                 continue
             await asyncio.sleep(0.01)
 
+    async def until_granted(count: int) -> None:
+        async with asyncio.timeout(60):
+            while granted < count:
+                await asyncio.sleep(0.01)
+
     start = time.monotonic()
     tasks = [asyncio.create_task(load()) for _ in range(8)]
-    await asyncio.sleep(0.7)
+    await until_granted(20)
     server.restart()
     await recovers()
-    await asyncio.sleep(0.7)
+    await until_granted(granted + 20)
     done = True
     await asyncio.gather(*tasks)
     elapsed = time.monotonic() - start
     # What was dealt ahead of the kill is used after it, beside the new burst: 2 bursts and 0.5 s of waiters.
     assert granted <= 20.0 * (elapsed + 0.5 + 0.01) + 2 * 10 + 1
-    assert granted > 20
 
 
 async def test_slots_held_over_a_restart_count_again(server):
@@ -127,7 +137,7 @@ async def test_slots_held_over_a_restart_count_again(server):
         await asyncio.sleep(0.2)
         holders = 0
         with contextlib.suppress(ratesync.RateLimiterAcquisitionError):
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(60):
                 while not await ratesync.try_acquire("api"):
                     await asyncio.sleep(0.05)
                 holders += 1
@@ -139,7 +149,7 @@ async def test_slots_held_over_a_restart_count_again(server):
 
 
 async def test_forgotten_scripts_under_load_reach_no_caller(server):
-    configure(server.url, fail_closed=True, max_concurrent=20)
+    configure(server.url, fail_closed=True, budget=HANG, max_concurrent=20)
     done = False
     grants = 0
 
@@ -151,11 +161,12 @@ async def test_forgotten_scripts_under_load_reach_no_caller(server):
 
     tasks = [asyncio.create_task(load()) for _ in range(30)]
     for _ in range(20):
-        await asyncio.sleep(0.02)
+        before = grants
+        while grants < before + 10:
+            await asyncio.sleep(0.01)
         server.call("SCRIPT", "FLUSH")
     done = True
     await asyncio.gather(*tasks)
-    assert grants > 100
     await slots_come_free()
 
 
@@ -164,7 +175,7 @@ async def test_forgotten_scripts_under_load_reach_no_caller(server):
 async def test_a_stalled_socket_costs_the_budget_not_a_hang(server, fail_closed, direction):
     with TcpProxy("127.0.0.1", server.port) as proxy:
         configure(proxy.through(server.url), fail_closed=fail_closed)
-        await timed_acquire()
+        await recovers()
         proxy.stall(direction)
         start = time.monotonic()
         await costs_the_budget_at_most(fail_closed=fail_closed)
@@ -178,8 +189,8 @@ async def test_a_stalled_socket_costs_the_budget_not_a_hang(server, fail_closed,
 
 @pytest.mark.parametrize("fail_closed", [False, True])
 async def test_a_paused_server_costs_the_budget_not_a_hang(server, fail_closed):
-    configure(server.url, fail_closed=fail_closed)
-    await timed_acquire()
+    configure(server.url, fail_closed=fail_closed, socket_timeout=1.0)
+    await recovers()
     server.pause()
     for _ in range(6):  # longer than socket_timeout: through sent, lost and connecting
         await costs_the_budget_at_most(fail_closed=fail_closed)
@@ -193,7 +204,7 @@ async def test_connections_cut_under_load_heal_the_slot_count(server):
         configure(
             proxy.through(server.url), rate_per_second=None, burst=1, max_concurrent=4, lease_seconds=3.0
         )
-        await timed_acquire()
+        await recovers()
         done = False
 
         async def load() -> None:
@@ -221,7 +232,7 @@ async def test_connections_cut_under_load_heal_the_slot_count(server):
 
 async def test_a_wrong_password_is_named_without_showing_it_and_can_be_put_right():
     with RedisServer(password="right-one") as server:
-        configure(server.url_for(password="wr0ng-one"), fail_closed=True)
+        configure(server.url_for(password="wr0ng-one"), fail_closed=True, budget=2.0)
         with pytest.raises(ratesync.RateLimiterAcquisitionError) as caught:
             await timed_acquire()
         assert "password" in str(caught.value)
@@ -235,7 +246,7 @@ async def test_a_server_without_room_for_another_client_is_used_when_it_has(serv
     server.call("CONFIG", "SET", "maxclients", 4)
     with contextlib.ExitStack() as stack:
         crowd = [stack.enter_context(server.connect()) for _ in range(4)]
-        configure(server.url, fail_closed=True)
+        configure(server.url, fail_closed=True, budget=2.0)
         start = time.monotonic()
         # Whether the server's reason arrives before its reset is TCP's choice.
         with pytest.raises(ratesync.RateLimiterAcquisitionError, match=r"max number of clients|closed|reset"):
@@ -249,7 +260,7 @@ async def test_a_server_without_room_for_another_client_is_used_when_it_has(serv
 async def test_a_server_that_becomes_a_replica_and_a_primary_again(server, fail_closed):
     with RedisServer() as other:
         configure(server.url, fail_closed=fail_closed)
-        await timed_acquire()
+        await recovers()
         server.call("REPLICAOF", other.host, other.port)
         for _ in range(3):
             await costs_the_budget_at_most(fail_closed=fail_closed)
@@ -258,8 +269,8 @@ async def test_a_server_that_becomes_a_replica_and_a_primary_again(server, fail_
 
 
 async def test_a_server_out_of_memory_refuses_and_recovers(server):
-    configure(server.url, fail_closed=True)
-    await timed_acquire()
+    configure(server.url, fail_closed=True, budget=2.0)
+    await recovers()
     server.call("CONFIG", "SET", "maxmemory", 1)
     start = time.monotonic()
     with pytest.raises(ratesync.RateLimiterAcquisitionError, match="maxmemory"):
@@ -280,12 +291,18 @@ async def test_a_server_that_is_down_at_first_use_is_found_when_it_comes_up(serv
 async def test_a_partition_longer_than_the_lease_is_seen_by_the_holder(server):
     with TcpProxy("127.0.0.1", server.port) as proxy:
         configure(
-            proxy.through(server.url), rate_per_second=None, burst=1, max_concurrent=1, lease_seconds=1.0
+            proxy.through(server.url),
+            fail_closed=True,
+            budget=HANG,
+            rate_per_second=None,
+            burst=1,
+            max_concurrent=1,
+            lease_seconds=6.0,
         )
         async with ratesync.acquire("api") as permit:
             assert not permit.lost
             proxy.stall()
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 while not permit.lost:
                     await asyncio.sleep(0.05)
             proxy.resume()

@@ -18,8 +18,6 @@ import pytest
 from ratesync._engine import Engine, Limiter
 from ratesync.errors import ConfigValidationError, RateLimiterAcquisitionError
 
-pytestmark = pytest.mark.timeout(30)
-
 
 class Rig:
     """A manual clock and limiters on it."""
@@ -80,7 +78,7 @@ async def test_tasks_that_share_a_context_are_woken_one_after_the_other(rig: Rig
     tasks = [asyncio.create_task(_use(limiter), context=context) for _ in range(3)]
     await rig.settle()
     await rig.settle(3)
-    await asyncio.wait_for(asyncio.gather(*tasks), 5)
+    await asyncio.wait_for(asyncio.gather(*tasks), 30)
 
 
 async def _use(limiter: Limiter) -> float:
@@ -99,7 +97,7 @@ async def test_eager_tasks_wait_and_wake(rig: Rig) -> None:
         await rig.settle()
         first.release()
         await rig.settle()
-        await asyncio.wait_for(task, 5)
+        await asyncio.wait_for(task, 30)
     finally:
         asyncio.get_running_loop().set_task_factory(None)
 
@@ -116,8 +114,8 @@ async def test_ready_and_waiting_work_in_debug_mode_and_have_reprs(rig: Rig) -> 
     assert repr(pending)
     first.release()
     await rig.settle()
-    await asyncio.wait_for(task, 5)
-    assert await asyncio.wait_for(pending, 5) is True
+    await asyncio.wait_for(task, 30)
+    assert await asyncio.wait_for(pending, 30) is True
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
@@ -146,7 +144,7 @@ def test_what_leaves_the_loop_does_not_lose_the_other_completions(rig: Rig, erro
             loop.run_forever()
         assert woken[:3] == [0, 1, 2]  # uvloop ends after one more turn
         others = [task for number, task in enumerate(tasks) if number != 2]
-        loop.run_until_complete(asyncio.wait_for(asyncio.gather(*others), 5))
+        loop.run_until_complete(asyncio.wait_for(asyncio.gather(*others), 30))
         assert sorted(woken) == list(range(6))
         assert isinstance(tasks[2].exception(), error)
     finally:
@@ -169,7 +167,7 @@ async def test_waiters_are_served_in_order_and_newcomers_do_not_overtake(rig: Ri
     first.release()
     assert await limiter._try(0, 1, None) is False  # free, but promised
     newcomer = asyncio.create_task(enter(50))
-    await asyncio.wait_for(asyncio.gather(*tasks, newcomer), 10)
+    await asyncio.wait_for(asyncio.gather(*tasks, newcomer), 30)
     assert order == list(range(51))
 
 
@@ -187,7 +185,7 @@ async def test_a_waiter_in_the_middle_times_out_and_the_order_stays(rig: Rig) ->
     assert [task.done() for task in waits] == [True, True, False]
     limiter._release_bare()
     await rig.settle()
-    assert await asyncio.wait_for(waits[2], 5) is True
+    assert await asyncio.wait_for(waits[2], 30) is True
 
 
 async def test_a_deadline_at_the_slot_exactly_is_in_time(rig: Rig) -> None:
@@ -200,7 +198,7 @@ async def test_a_deadline_at_the_slot_exactly_is_in_time(rig: Rig) -> None:
     await rig.settle()
     assert not exact.done()
     await rig.settle(0.5)
-    assert await asyncio.wait_for(exact, 5) is True
+    assert await asyncio.wait_for(exact, 30) is True
 
 
 async def test_a_hold_that_is_too_long_loses_its_slot_and_releasing_it_is_harmless(rig: Rig) -> None:
@@ -250,7 +248,7 @@ def test_two_loops_in_two_threads_at_the_same_time(rig: Rig) -> None:
                 await asyncio.sleep(0)
 
     async def main() -> None:
-        await asyncio.wait_for(asyncio.gather(*(use() for _ in range(20))), 20)
+        await asyncio.wait_for(asyncio.gather(*(use() for _ in range(20))), 30)
         done.append(1)
 
     threads = [threading.Thread(target=lambda: asyncio.run(main())) for _ in range(2)]
@@ -342,7 +340,7 @@ def test_a_loop_closed_with_waiters_that_nobody_closed_is_found_by_the_next_loop
     rig.engine.advance(0)  # granted to the task that will never run
 
     async def another() -> bool:
-        return await asyncio.wait_for(limiter._try(5, 1, None), 5)
+        return await asyncio.wait_for(limiter._try(30, 1, None), 60)
 
     assert asyncio.run(another()) is True
     limiter._release_bare()
@@ -365,7 +363,7 @@ def test_new_loops_at_an_old_address_get_a_queue_of_their_own(rig: Rig) -> None:
             task = asyncio.create_task(_use(limiter))
             await rig.settle()
             await rig.settle(1)
-            await asyncio.wait_for(task, 5)
+            await asyncio.wait_for(task, 30)
 
         loop.run_until_complete(wait())
         loop.close()
@@ -409,7 +407,7 @@ async def test_a_permit_that_waits_cannot_be_entered_a_second_time(rig: Rig) -> 
     with pytest.raises(RuntimeError, match="under way"):
         await permit.__aenter__()
     first.release()
-    await asyncio.wait_for(task, 5)
+    await asyncio.wait_for(task, 30)
     permit.release()
 
 
@@ -428,7 +426,7 @@ async def test_a_waiter_is_awaited_once(rig: Rig) -> None:
     with pytest.raises(RuntimeError, match="already being awaited"):
         await waiter
     first.release()
-    assert await asyncio.wait_for(one, 5) is permit
+    assert await asyncio.wait_for(one, 30) is permit
     with pytest.raises(RuntimeError, match="cannot reuse"):
         await waiter
     permit.release()
@@ -565,7 +563,7 @@ async def test_calls_after_the_engines_end_raise_a_clear_error(rig: Rig) -> None
     await rig.settle()
     rig.engine.shutdown()
     with pytest.raises(Exception, match="shut down"):
-        await asyncio.wait_for(task, 5)
+        await asyncio.wait_for(task, 30)
     with pytest.raises(Exception, match="shut down"):
         await limiter.acquire_context()
     held.release()

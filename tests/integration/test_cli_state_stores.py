@@ -26,7 +26,7 @@ def ratesync_command(*arguments: str, answer: str = "") -> tuple[int, str, str]:
         capture_output=True,
         text=True,
         env=os.environ,
-        timeout=50,
+        timeout=120,
         check=False,
     )
     return done.returncode, done.stdout, done.stderr

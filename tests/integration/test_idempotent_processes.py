@@ -20,7 +20,6 @@ import ratesync
 SPAWN = multiprocessing.get_context("spawn")
 PROCESSES = 4
 
-pytestmark = pytest.mark.timeout(120)
 _barrier: Any = None
 
 

@@ -69,14 +69,16 @@ async def test_a_permit_of_a_dead_store_says_that_nobody_decided() -> None:
 
 
 async def test_the_histogram_of_waits_counts_every_grant_once(store: str) -> None:
-    ratesync.configure_limiter("api", store, rate_per_second=50.0, burst=2)
+    ratesync.configure_limiter("api", store, rate_per_second=1.0, burst=2)
     limiter = ratesync.get_limiter("api")
-    for _ in range(4):
-        await limiter.acquire()
-    assert await limiter.try_acquire() is False
+    await limiter.initialize()
+    await asyncio.gather(*(limiter.acquire() for _ in range(4)))
+    granted = 4
+    while await limiter.try_acquire():  # this process stood still meanwhile
+        granted += 1
     seen = limiter.get_metrics().snapshot()
     assert len(seen["wait_counts"]) == len(seen["wait_bounds"]) + 1
-    assert sum(seen["wait_counts"]) == seen["total_acquisitions"] == 4
+    assert sum(seen["wait_counts"]) == seen["total_acquisitions"] == granted
     slow = sum(seen["wait_counts"][3:])  # more than 10 ms: the third and the fourth grant
     assert slow >= 2
     assert (seen["refused_rate"], seen["timeouts"], seen["failed"]) == (1, 1, 0)

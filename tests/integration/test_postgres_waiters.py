@@ -10,11 +10,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from multiprocessing.connection import Connection
 
-import pytest
-
 import ratesync
 
-pytestmark = pytest.mark.timeout(60)
 SPAWN = multiprocessing.get_context("spawn")
 LISTENING = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'LISTEN%ratesync_freed%'"
 
@@ -29,7 +26,7 @@ def _configure(url: str, **limiter: object) -> None:
 def _hold(url: str, pipe: Connection) -> None:
     """Holds the slot until told to let it go; then, as often as told, waits for it and lets it go."""
     _configure(url)
-    with ratesync.acquire("jobs", timeout=30):
+    with ratesync.acquire("jobs", timeout=60):
         pipe.send("held")
         pipe.recv()
     pipe.send("released")
@@ -52,7 +49,7 @@ async def holding(url: str) -> AsyncIterator[tuple[Callable[[], None], int]]:
 
 
 async def until(check: Callable[[], object]) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while not await check():  # type: ignore[misc]
             await asyncio.sleep(0.01)
 
@@ -63,7 +60,7 @@ async def test_a_release_elsewhere_wakes_the_waiter_without_polling(ratesync_pos
     async with holding(ratesync_postgres_url) as (let_go, _):
 
         async def wait() -> bool:
-            async with ratesync.acquire("jobs", timeout=30) as permit:
+            async with ratesync.acquire("jobs", timeout=60) as permit:
                 return permit.lost
 
         waiter = asyncio.create_task(wait())
@@ -80,7 +77,7 @@ async def test_a_release_elsewhere_wakes_the_waiter_without_polling(ratesync_pos
         )
         assert not waiter.done()
         let_go()
-        assert not await asyncio.wait_for(waiter, 20)
+        assert not await asyncio.wait_for(waiter, 60)
         await until(lambda: ratesync_asyncpg.fetchval("SELECT count(*) = 0 FROM rate_limiter_state_waiters"))
 
 
@@ -96,7 +93,7 @@ async def test_a_waiter_that_was_killed_does_not_keep_the_slot(ratesync_postgres
         victim.join()
         here.close()
         let_go()
-        async with asyncio.timeout(20), ratesync.acquire("jobs"):
+        async with asyncio.timeout(60), ratesync.acquire("jobs"):
             pass
 
 
@@ -106,7 +103,7 @@ async def test_two_processes_that_wait_take_turns(ratesync_postgres_url, ratesyn
     order: list[str] = []
 
     async def local(number: int) -> None:
-        async with ratesync.acquire("jobs", timeout=40):
+        async with ratesync.acquire("jobs", timeout=90):
             order.append(f"here {number}")
             await asyncio.sleep(0.05)
 
@@ -124,7 +121,7 @@ async def test_two_processes_that_wait_take_turns(ratesync_postgres_url, ratesyn
         here.send("let go")
 
     try:
-        await asyncio.wait_for(asyncio.gather(*tasks, there_holds()), 40)
+        await asyncio.wait_for(asyncio.gather(*tasks, there_holds()), 90)
     finally:
         other.kill()
         other.join()

@@ -27,6 +27,7 @@ from ratesync.contrib.prometheus.pushgateway import (
     push_to_gateway,
     start_periodic_push,
 )
+from ratesync.testing import ManualClock
 
 pytestmark = pytest.mark.usefixtures("ratesync_registry")
 
@@ -61,16 +62,29 @@ def scrape(registry: CollectorRegistry) -> Samples:
     return parse(generate_latest(registry).decode())
 
 
-async def test_grants_waits_and_denials_of_a_limiter(registry: CollectorRegistry) -> None:
+async def test_grants_waits_and_denials_of_a_limiter(
+    registry: CollectorRegistry, ratesync_clock: ManualClock
+) -> None:
     ratesync.configure_limiter("api", rate_per_second=50.0, burst=2, max_concurrent=2)
-    for _ in range(3):
+
+    async def use() -> None:
         async with ratesync.acquire("api"):
             pass
+
+    await use()
+    await use()
+    third = asyncio.create_task(use())
+    await ratesync_clock.run(0.02)
+    await third
     assert not await ratesync.try_acquire("api")
-    async with ratesync.acquire("api"), ratesync.acquire("api"):
-        await asyncio.sleep(0.1)
-        assert not await ratesync.try_acquire("api")
-        seen = scrape(registry)
+    held = [asyncio.create_task(ratesync.acquire("api").__aenter__()) for _ in range(2)]
+    await ratesync_clock.run(0.04)
+    permits = await asyncio.gather(*held)
+    await ratesync_clock.run(0.1)
+    assert not await ratesync.try_acquire("api")
+    seen = scrape(registry)
+    for permit in permits:
+        permit.release()
     memory = ("memory", "api")
     assert seen["ratesync_acquisitions_total"][memory] == 5
     assert seen["ratesync_timeouts_total"][memory] == 2
@@ -80,8 +94,8 @@ async def test_grants_waits_and_denials_of_a_limiter(registry: CollectorRegistry
     assert seen["ratesync_releases_total"][memory] == 3
     assert seen["ratesync_fallback_activations_total"]["api",] == 0
     assert seen["ratesync_acquisition_duration_seconds_count"][memory] == 5
-    assert 0.03 < seen["ratesync_acquisition_duration_seconds_sum"][memory] < 5
-    assert seen["ratesync_wait_max_seconds"][memory] > 0.01
+    assert seen["ratesync_acquisition_duration_seconds_sum"][memory] == pytest.approx(0.02 + 0.04 + 0.04)
+    assert seen["ratesync_wait_max_seconds"][memory] == pytest.approx(0.04)
     buckets = {
         le: value for (_, _, le), value in seen["ratesync_acquisition_duration_seconds_bucket"].items()
     }

@@ -48,7 +48,7 @@ def as_user(url: str, user: str, password: str) -> str:
 
 
 async def eventually(condition: Any) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not await condition():
             await asyncio.sleep(0.01)
 

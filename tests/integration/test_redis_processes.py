@@ -30,18 +30,19 @@ def _configure(url: str, **limiter: Any) -> None:
     ratesync.configure_limiter("shared", "db", fail_closed=True, outage_budget=30, **limiter)
 
 
-def _rate_worker(url: str, rate: float, burst: int, tasks: int, seconds: float) -> list[float]:
-    """Grants on the monotonic clock, which the processes of one machine share."""
+def _rate_worker(url: str, rate: float, burst: int, tasks: int, seconds: float) -> list[tuple[float, float]]:
+    """When each grant was asked for and seen, on the monotonic clock that all processes here share."""
 
-    async def main() -> list[float]:
+    async def main() -> list[tuple[float, float]]:
         _configure(url, rate_per_second=rate, burst=burst)
+        await ratesync.get_store("db").initialize()
         end = time.monotonic() + seconds
-        grants: list[float] = []
+        grants: list[tuple[float, float]] = []
 
         async def worker() -> None:
-            while time.monotonic() < end:
+            while (asked := time.monotonic()) < end:
                 async with ratesync.acquire("shared"):
-                    grants.append(time.monotonic())
+                    grants.append((asked, time.monotonic()))
 
         await asyncio.gather(*(worker() for _ in range(tasks)))
         return grants
@@ -88,7 +89,7 @@ def _wait_once(url: str, ready: Any, got: Any) -> None:
         store = ratesync.get_store("db")
         await store.initialize()
         task = asyncio.ensure_future(ratesync.get_limiter("shared").acquire())
-        await asyncio.sleep(0.3)  # has asked, and subscribed
+        await asyncio.sleep(0)
         ready.set()
         await task
         got.set()
@@ -101,7 +102,9 @@ def _wait_once(url: str, ready: Any, got: Any) -> None:
 def _first_use(url: str, name: str) -> int:
     async def main() -> int:
         ratesync.configure_store("db", strategy="redis", url=url)
-        ratesync.configure_limiter(name, "db", rate_per_second=0.001, burst=7, fail_closed=True)
+        ratesync.configure_limiter(
+            name, "db", rate_per_second=0.001, burst=7, fail_closed=True, outage_budget=30
+        )
         return sum(await asyncio.gather(*(ratesync.try_acquire(name) for _ in range(5))))
 
     return asyncio.run(main())
@@ -125,7 +128,6 @@ def process(target: Any, *args: object) -> Iterator[Any]:
         child.join()
 
 
-@pytest.mark.timeout(90)
 async def test_one_rate_over_three_processes(ratesync_redis_url):
     rate, burst, seconds = 200.0, 5, 2.0
     grants = sorted(
@@ -133,118 +135,122 @@ async def test_one_rate_over_three_processes(ratesync_redis_url):
             await _run(_rate_worker, 3, ratesync_redis_url, rate, burst, 20, seconds)
         )
     )
-    # Over any time T at most rate * (T + margin) + burst; a client may be late in looking at its clock, never
-    # early, so whole stretches are compared, from the first grant.
-    slack = 0.005 + 0.1
-    for count in (50, 150, 300):
-        if count < len(grants):
-            assert count + 1 <= rate * (grants[count] - grants[0] + slack) + burst + 1
+    # Over any time T at most rate * (T + margin) + burst. A process may stand still before it sees its grant:
+    # it counts for the stretches that have both, its question and its answer.
+    for begin, _ in grants[::5]:
+        seen = sorted(seen for asked, seen in grants if asked >= begin)
+        for count, end in enumerate(seen, 1):
+            assert count <= rate * (end - begin + 0.005) + burst
     assert len(grants) > rate * seconds / 4
 
 
-@pytest.mark.timeout(120)
 async def test_slots_hold_over_three_processes_and_nobody_starves(ratesync_redis_url):
     results = await _run(_slot_worker, 3, ratesync_redis_url, 4, 8, 12)
     assert max(most for most, _ in results) <= 4
     assert [done for _, done in results] == [96, 96, 96]
 
 
-@pytest.mark.timeout(60)
 async def test_a_first_use_by_many_processes_grants_no_more_than_the_burst(ratesync_redis_url):
     for number in range(3):
         assert sum(await _run(_first_use, 3, ratesync_redis_url, f"fresh-{number}")) == 7
 
 
-@pytest.mark.timeout(60)
 async def test_a_killed_holders_slot_comes_back_after_its_lease(ratesync_redis_url, ratesync_redis_py):
     ready, leave = SPAWN.Event(), SPAWN.Event()
     _configure(ratesync_redis_url, max_concurrent=1)
-    with process(_hold, ratesync_redis_url, 2.0, ready, leave) as holder:
-        assert await asyncio.to_thread(ready.wait, 30)
+    with process(_hold, ratesync_redis_url, 4.0, ready, leave) as holder:
+        assert await asyncio.to_thread(ready.wait, 60)
         # Renewed although its loop is blocked: longer than one lease.
-        await asyncio.sleep(3)
+        await asyncio.sleep(5)
         assert not await ratesync.try_acquire("shared")
         os.kill(holder.pid, signal.SIGKILL)
         killed = time.monotonic()
-        async with asyncio.timeout(20), ratesync.acquire("shared"):
+        async with asyncio.timeout(60), ratesync.acquire("shared"):
             assert time.monotonic() - killed >= 0.5
     assert len(await ratesync_redis_py.hgetall("rate_limit:{shared}:s")) <= 1
 
 
-@pytest.mark.timeout(60)
+async def waiter_in_line(witness: Any) -> str:
+    """The field of the one who waits, once it is stored that it hears its channel."""
+    async with asyncio.timeout(60):
+        while True:
+            fields = await witness.hgetall("rate_limit:{shared}:s")
+            waiters = [field for field in fields if field.startswith("w")]
+            if len(waiters) == 1 and fields[waiters[0]].endswith(" 1"):
+                return waiters[0]
+            await asyncio.sleep(0.01)
+
+
 async def test_a_release_wakes_a_waiter_elsewhere(ratesync_redis_url, ratesync_redis_py):
     ready, got = SPAWN.Event(), SPAWN.Event()
     _configure(ratesync_redis_url, max_concurrent=1)
     limiter = ratesync.get_limiter("shared")
     await limiter.acquire()
     with process(_wait_once, ratesync_redis_url, ready, got) as waiter:
-        assert await asyncio.to_thread(ready.wait, 30)
-        fields = await ratesync_redis_py.hgetall("rate_limit:{shared}:s")
-        waiters = [field for field in fields if field.startswith("w")]
-        assert len(waiters) == 1
-        assert fields[waiters[0]].endswith(" 1")  # it hears its channel
+        assert await asyncio.to_thread(ready.wait, 60)
+        field = await waiter_in_line(ratesync_redis_py)
         # Nobody else subscribed: here nobody waits.
         channels = await ratesync_redis_py.pubsub_channels("rate_limit:wake:*")
-        assert channels == [f"rate_limit:wake:{waiters[0][1:]}"]
+        assert channels == [f"rate_limit:wake:{field[1:]}"]
         async with ratesync_redis_py.pubsub() as listening:
             await listening.psubscribe("rate_limit:wake:*")
             await limiter.release()
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 async for message in listening.listen():
                     if message["type"] == "pmessage":
                         break
         assert message["data"] == "shared"
-        assert await asyncio.to_thread(got.wait, 10)
-        await asyncio.to_thread(waiter.join, 20)
+        assert await asyncio.to_thread(got.wait, 60)
+        await asyncio.to_thread(waiter.join, 60)
 
     async def forgotten() -> bool:
         return not await ratesync_redis_py.exists("rate_limit:{shared}:s")
 
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not await forgotten():
             await asyncio.sleep(0.01)
 
 
-@pytest.mark.timeout(60)
-async def test_nobody_overtakes_a_waiter_elsewhere(ratesync_redis_url):
+async def test_nobody_overtakes_a_waiter_elsewhere(ratesync_redis_url, ratesync_redis_py):
     ready, got = SPAWN.Event(), SPAWN.Event()
     _configure(ratesync_redis_url, max_concurrent=1)
     limiter = ratesync.get_limiter("shared")
     for _ in range(3):
         await limiter.acquire()
         with process(_wait_once, ratesync_redis_url, ready, got):
-            assert await asyncio.to_thread(ready.wait, 30)
+            assert await asyncio.to_thread(ready.wait, 60)
+            await waiter_in_line(ratesync_redis_py)
             await limiter.release()
             # Whoever comes now gets the slot only after the one that waits.
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 await limiter.acquire()
-            assert await asyncio.to_thread(got.wait, 0.5)
+            assert await asyncio.to_thread(got.wait, 60)
             await limiter.release()
         ready.clear()
         got.clear()
 
 
-@pytest.mark.timeout(60)
-async def test_a_dead_waiter_holds_nobody_up_for_long(ratesync_redis_url):
+async def test_a_dead_waiter_holds_nobody_up_for_long(ratesync_redis_url, ratesync_redis_py):
     ready, got = SPAWN.Event(), SPAWN.Event()
     _configure(ratesync_redis_url, max_concurrent=1)
     limiter = ratesync.get_limiter("shared")
     await limiter.acquire()
     with process(_wait_once, ratesync_redis_url, ready, got) as waiter:
-        assert await asyncio.to_thread(ready.wait, 30)
+        assert await asyncio.to_thread(ready.wait, 60)
+        await waiter_in_line(ratesync_redis_py)
         os.kill(waiter.pid, signal.SIGKILL)
         waiter.join()
     await limiter.release()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await limiter.acquire()
     await limiter.release()
 
 
 async def test_a_reset_elsewhere_is_a_lost_lease_here(ratesync_redis_url, ratesync_redis_py):
-    _configure(ratesync_redis_url, max_concurrent=1, lease_seconds=1)
+    _configure(ratesync_redis_url, max_concurrent=1, lease_seconds=3)
     async with ratesync.acquire("shared") as permit:
         await ratesync_redis_py.delete("rate_limit:{shared}:s")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not permit.lost:
                 await asyncio.sleep(0.01)
-        assert await ratesync.try_acquire("shared", 5)
+        assert await ratesync.try_acquire("shared", 60)

@@ -28,8 +28,6 @@ import ratesync
 from ratesync import _core, ops
 from ratesync._engine import KEEP, CoreState, Engine
 
-pytestmark = pytest.mark.timeout(60)
-
 MOST = 2**63 - 1
 
 

@@ -12,7 +12,6 @@ from urllib.parse import urlsplit, urlunsplit
 
 import pytest
 
-pytestmark = pytest.mark.timeout(60)
 SCRIPT = Path(sysconfig.get_path("scripts")) / "ratesync"
 
 FILE = """
@@ -46,7 +45,7 @@ def run(ratesync_postgres_url, tmp_path):
             env={**os.environ, "DATABASE_URL": url},
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=120,
         )
         return done.returncode, done.stdout, done.stderr
 

@@ -461,5 +461,5 @@ SETTINGS = settings(
 )
 MemoryAgainstModel.TestCase.settings = SETTINGS
 WindowsAgainstModel.TestCase.settings = SETTINGS
-TestMemoryAgainstModel = pytest.mark.timeout(120)(MemoryAgainstModel.TestCase)
-TestWindowsAgainstModel = pytest.mark.timeout(120)(WindowsAgainstModel.TestCase)
+TestMemoryAgainstModel = MemoryAgainstModel.TestCase
+TestWindowsAgainstModel = WindowsAgainstModel.TestCase

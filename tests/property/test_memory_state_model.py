@@ -292,6 +292,4 @@ StateAgainstModel.TestCase.settings = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
-TestStateAgainstModel = pytest.mark.timeout(180)(
-    pytest.mark.usefixtures("ratesync_registry")(StateAgainstModel.TestCase)
-)
+TestStateAgainstModel = pytest.mark.usefixtures("ratesync_registry")(StateAgainstModel.TestCase)

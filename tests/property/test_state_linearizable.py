@@ -25,7 +25,6 @@ from ratesync.testing import RedisCluster, TcpProxy
 SPAWN = multiprocessing.get_context("spawn")
 VERBS = ["create", "begin", "get", "get", "set", "add", "add", "add", "swap", "swap", "swap", "delete"]
 
-pytestmark = pytest.mark.timeout(120)
 _barrier: Any = None
 
 

@@ -92,7 +92,7 @@ def refused(argument: str) -> Iterator[None]:
         assert isinstance(error, ValueError)
 
 
-async def eventually(condition: Callable[[], Awaitable[bool]], seconds: float = 10.0) -> None:
+async def eventually(condition: Callable[[], Awaitable[bool]], seconds: float = 60.0) -> None:
     """For effects that a store learns a moment later: a release, a refund."""
     async with asyncio.timeout(seconds):
         while not await condition():

@@ -293,8 +293,8 @@ class IdempotencyContract(StoreContract):
         assert self.run(store, call, "key", None) == (True, "successor")
 
     def test_the_lease_is_renewed_while_the_body_is_busy(self, store: Store, call: Caller) -> None:
-        with call.holding(store.idempotent("key", lease=0.8)) as op:
-            time.sleep(2)
+        with call.holding(store.idempotent("key", lease=4.0)) as op:
+            time.sleep(5)  # a machine may stand still for two seconds before the first renewal
             with pytest.raises(OperationInProgressError):
                 self.run(store, call, "key", "rival")
             assert op.lost is False

@@ -240,7 +240,8 @@ class WindowContract(Contract):
         program = """if True:
             import json, sys, ratesync
             ratesync.configure_store("contract", **json.loads(sys.argv[1]))
-            options = {"limit": 7, "window_seconds": 2592000, "fail_closed": True, "algorithm": sys.argv[3]}
+            options = {"limit": 7, "window_seconds": 2592000, "algorithm": sys.argv[3]}
+            options |= {"fail_closed": True, "outage_budget": 30}
             ratesync.configure_limiter(sys.argv[2], "contract", **options)
             print(sum(ratesync.try_acquire(sys.argv[2]).wait() for _ in range(5)))
         """
