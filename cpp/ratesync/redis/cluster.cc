@@ -7,7 +7,6 @@
 #include <asio/steady_timer.hpp>
 #include <chrono>
 #include <random>
-#include <unordered_set>
 #include <utility>
 
 #include "ratesync/redis/cluster_nodes.h"
@@ -65,8 +64,7 @@ class Core : public std::enable_shared_from_this<Core> {
   void run(const CallRef& call);
   void run_at(const MemberRef& member, const CallRef& call, bool asking);
   void call_all(const Command& command, Nanos deadline, std::function<void(std::vector<Result<Reply>>)> done);
-  void scan(const std::string& pattern, std::size_t limit, Nanos deadline,
-            std::function<void(Result<std::vector<std::string>>)> done);
+  void walk(const std::string& pattern, KeySink each, Nanos deadline, std::function<void(Status)> done);
   void close(std::function<void()> done);
   void drop();
   void abandon_after_fork();
@@ -275,41 +273,32 @@ void Core::call_all(const Command& command, Nanos deadline,
   }
 }
 
-void Core::scan(const std::string& pattern, std::size_t limit, Nanos deadline,
-                std::function<void(Result<std::vector<std::string>>)> done) {
-  // Node after node, so that no more than `limit` keys are ever held; a key that moves meanwhile may be met
-  // twice.
+void Core::walk(const std::string& pattern, KeySink each, Nanos deadline, std::function<void(Status)> done) {
+  // Node after node; a key that moves meanwhile may be met twice.
   struct Walk : std::enable_shared_from_this<Walk> {
     std::vector<MemberRef> left;
     std::string pattern;
-    std::size_t limit = 0;
+    KeySink each;
     Nanos deadline = 0;
-    std::unordered_set<std::string> found;
-    std::function<void(Result<std::vector<std::string>>)> done;
+    std::function<void(Status)> done;
 
     void next() {
-      if (left.empty() || found.size() >= limit) return finish();
+      if (left.empty()) return done(Status::success());
       const MemberRef member = std::move(left.back());
       left.pop_back();
-      scan_node(member->node, pattern, limit, deadline,
-                [self = shared_from_this()](Result<std::vector<std::string>> keys) {
-                  if (!keys.ok()) return self->done(keys.status());
-                  for (std::string& key : keys.value())
-                    if (self->found.size() < self->limit) self->found.insert(std::move(key));
-                  self->next();
-                });
-    }
-    void finish() {
-      std::vector<std::string> out;
-      out.reserve(found.size());
-      while (!found.empty()) out.push_back(std::move(found.extract(found.begin()).value()));
-      done(std::move(out));
+      walk_node(
+          member->node, pattern,
+          [self = shared_from_this()](std::string key) { return self->each(std::move(key)); }, deadline,
+          [self = shared_from_this()](const Result<bool>& more) {
+            if (!more.ok() || !more.value()) return self->done(more.status());
+            self->next();
+          });
     }
   };
   const auto walk = std::make_shared<Walk>();
   if (!closed_) walk->left = nodes_->primaries();
   walk->pattern = pattern;
-  walk->limit = limit;
+  walk->each = std::move(each);
   walk->deadline = deadline;
   walk->done = std::move(done);
   if (walk->left.empty()) {
@@ -367,9 +356,8 @@ class Cluster final : public Commander {
                 std::function<void(std::vector<Result<Reply>>)> done) override {
     core_->call_all(command, deadline, std::move(done));
   }
-  void scan(std::string pattern, std::size_t limit, Nanos deadline,
-            std::function<void(Result<std::vector<std::string>>)> done) override {
-    core_->scan(pattern, limit, deadline, std::move(done));
+  void walk(std::string pattern, KeySink each, Nanos deadline, std::function<void(Status)> done) override {
+    core_->walk(pattern, std::move(each), deadline, std::move(done));
   }
 
   [[nodiscard]] std::uint16_t slot_of(std::string_view key) const override { return hash_slot(key); }

@@ -50,6 +50,7 @@ struct Script {
 };
 
 using ReplyCallback = std::function<void(Result<Reply>)>;
+using KeySink = std::function<bool(std::string key)>;
 
 class Commander {
  public:
@@ -67,9 +68,12 @@ class Commander {
   // On every primary, for SCAN and INFO: `done` gets one result per primary.
   virtual void call_all(Command command, Nanos deadline,
                         std::function<void(std::vector<Result<Reply>>)> done) = 0;
-  // Scans all keys that match the glob pattern, on all primaries, up to `limit` of them.
-  virtual void scan(std::string pattern, std::size_t limit, Nanos deadline,
-                    std::function<void(Result<std::vector<std::string>>)> done) = 0;
+  // Shows `each` all keys that match the glob pattern, on all primaries, in no order and some perhaps twice,
+  // until it answers false. Never more than a page of them is held.
+  virtual void walk(std::string pattern, KeySink each, Nanos deadline, std::function<void(Status)> done) = 0;
+  // Collects them, each once, up to `limit`.
+  void scan(std::string pattern, std::size_t limit, Nanos deadline,
+            std::function<void(Result<std::vector<std::string>>)> done);
 
   // The hash slot of a key (0..16383) where it matters, else 0: keys of different slots cannot be
   // touched by one script.

@@ -27,9 +27,8 @@ class Forward : public Commander {
                 std::function<void(std::vector<Result<Reply>>)> done) override {
     inner_->call_all(std::move(command), deadline, std::move(done));
   }
-  void scan(std::string pattern, std::size_t limit, Nanos deadline,
-            std::function<void(Result<std::vector<std::string>>)> done) override {
-    inner_->scan(std::move(pattern), limit, deadline, std::move(done));
+  void walk(std::string pattern, KeySink each, Nanos deadline, std::function<void(Status)> done) override {
+    inner_->walk(std::move(pattern), std::move(each), deadline, std::move(done));
   }
   [[nodiscard]] std::uint16_t slot_of(std::string_view key) const override { return inner_->slot_of(key); }
   [[nodiscard]] bool clustered() const override { return inner_->clustered(); }

@@ -1,20 +1,19 @@
 // SCAN from cursor 0 to its end on one server.
 #pragma once
 
-#include <cstddef>
 #include <functional>
 #include <memory>
 #include <string>
-#include <vector>
 
 #include "ratesync/base/clock.h"
 #include "ratesync/base/status.h"
+#include "ratesync/redis/commander.h"
 #include "ratesync/redis/node.h"
 
 namespace ratesync::redis {
 
-// Up to `limit` keys that match, each once. Errors of the server become a Status.
-void scan_node(const std::shared_ptr<Node>& node, std::string pattern, std::size_t limit, Nanos deadline,
-               std::function<void(Result<std::vector<std::string>>)> done);
+// Commander::walk on one server; whether `each` wants more. Errors of the server become a Status.
+void walk_node(const std::shared_ptr<Node>& node, std::string pattern, KeySink each, Nanos deadline,
+               std::function<void(Result<bool>)> done);
 
 }  // namespace ratesync::redis

@@ -48,9 +48,9 @@ class Single final : public SingleCommander {
       done(std::move(all));
     });
   }
-  void scan(std::string pattern, std::size_t limit, Nanos deadline,
-            std::function<void(Result<std::vector<std::string>>)> done) override {
-    scan_node(node_, std::move(pattern), limit, deadline, std::move(done));
+  void walk(std::string pattern, KeySink each, Nanos deadline, std::function<void(Status)> done) override {
+    walk_node(node_, std::move(pattern), std::move(each), deadline,
+              [done = std::move(done)](const Result<bool>& ended) { done(ended.status()); });
   }
 
   [[nodiscard]] std::uint16_t slot_of(std::string_view) const override { return 0; }

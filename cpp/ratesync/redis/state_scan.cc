@@ -1,8 +1,10 @@
 // Whole kinds, a page at a time. SCAN may name a key twice and in any order, so the first page collects the
-// names of all of them and sorts them; later pages deliver from there. The cursor is the last key delivered,
-// so that a listing that was dropped meanwhile, or belongs to another process, is made again from there.
+// first names in their order, as many as fit into kMostNames, and pages are delivered from there. The cursor
+// is the last key delivered: where the listing ends, was dropped meanwhile, or belongs to another process,
+// SCAN walks over the keys again, for the names that follow.
 #include <algorithm>
-#include <limits>
+#include <numeric>
+#include <set>
 #include <utility>
 
 #include "ratesync/redis/state_store.h"
@@ -12,9 +14,30 @@ namespace {
 
 constexpr std::size_t kMostListings = 16;  // kept for later pages
 constexpr std::size_t kMostPage = 10'000;
-constexpr Nanos kPatience = 60 * kSecond;  // for all of SCAN
+constexpr std::size_t kMostNames = 16u << 20;  // bytes: of one listing, and of those that are kept together
+constexpr std::size_t kOfName = 96;            // what one costs beyond its length
+constexpr Nanos kPatience = 60 * kSecond;      // for all of SCAN
 
 }  // namespace
+
+// The first names, each once and in order.
+struct RedisStateStore::FirstNames {
+  std::set<std::string> names;
+  std::size_t bytes = 0;
+  bool complete = true;
+
+  void add(std::string name) {
+    if (!complete && name > *names.rbegin()) return;
+    const std::size_t cost = name.size() + kOfName;
+    if (names.insert(std::move(name)).second) bytes += cost;
+    while (bytes > kMostNames && names.size() > 1) {
+      const auto last = std::prev(names.end());
+      bytes -= last->size() + kOfName;
+      names.erase(last);
+      complete = false;
+    }
+  }
+};
 
 struct RedisStateStore::Scan {
   // One row of a page.
@@ -67,20 +90,28 @@ void RedisStateStore::scan(const store::SpaceRef& space, const std::string& kind
 }
 
 void RedisStateStore::list_keys(const std::shared_ptr<Scan>& all) {
-  backend_.commander().scan(
-      keys_.rows_pattern(*all->space, all->kind, all->prefix), std::numeric_limits<std::size_t>::max(),
+  const auto found = std::make_shared<FirstNames>();
+  backend_.commander().walk(
+      keys_.rows_pattern(*all->space, all->kind, all->prefix),
+      [this, all, found, alive = alive_](const std::string& row) {
+        if (!*alive) return false;
+        auto key = keys_.key_of(row, *all->space, all->kind);
+        if (key && key->starts_with(all->prefix) && (!all->begun || *key > all->after))
+          found->add(std::move(*key));
+        most_names_ = std::max(most_names_, found->bytes);
+        return true;
+      },
       saturating_add(clock_.now(), kPatience),
-      [this, all, alive = alive_](Result<std::vector<std::string>> found) {
+      [this, all, found, alive = alive_](const Status& status) {
         if (!*alive) return all->done(Status::make(Code::closed, "the store was closed"));
-        if (!found.ok()) return all->done(found.status());
-        std::vector<std::string>& keys = all->listing.keys;
-        for (const std::string& row : found.value()) {
-          auto key = keys_.key_of(row, *all->space, all->kind);
-          if (key && key->starts_with(all->prefix) && (!all->begun || *key > all->after))
-            keys.push_back(std::move(*key));
-        }
-        std::sort(keys.begin(), keys.end());
-        keys.erase(std::unique(keys.begin(), keys.end()), keys.end());
+        if (!status.ok()) return all->done(status);
+        Listing& listing = all->listing;
+        listing = {};
+        listing.bytes = found->bytes;
+        listing.complete = found->complete;
+        listing.keys.reserve(found->names.size());
+        while (!found->names.empty())
+          listing.keys.push_back(std::move(found->names.extract(found->names.begin()).value()));
         next_page(all);
       });
 }
@@ -113,15 +144,30 @@ void RedisStateStore::page_read(const std::shared_ptr<Scan>& all) {
   }
   Listing& listing = all->listing;
   listing.next += all->ops.size();
-  if (listing.next == listing.keys.size()) return all->done(std::move(page));
-  // All of them had died: a page has rows, or it is the last one.
-  if (page.rows.empty()) return next_page(all);
-  const std::string& last = listing.keys[listing.next - 1];
+  const bool ended = listing.next == listing.keys.size();
+  if (ended && listing.complete) return all->done(std::move(page));
+  const std::string last = listing.keys[listing.next - 1];
+  if (page.rows.empty()) {  // all of them had died: a page has rows, or it is the last one
+    all->begun = true;
+    all->after = last;
+    return ended ? list_keys(all) : next_page(all);
+  }
   page.cursor = '>' + last;
-  listing.name = keys_.rows_pattern(*all->space, all->kind, all->prefix) + '\n' + last;
-  listings_.push_front(std::move(listing));
-  if (listings_.size() > kMostListings) listings_.pop_back();
+  if (!ended) {
+    listing.name = keys_.rows_pattern(*all->space, all->kind, all->prefix) + '\n' + last;
+    keep(std::move(listing));
+  }
   all->done(std::move(page));
+}
+
+void RedisStateStore::keep(Listing listing) {
+  listings_.push_front(std::move(listing));
+  const auto names = [this] {
+    return std::accumulate(listings_.begin(), listings_.end(), std::size_t{0},
+                           [](std::size_t sum, const Listing& each) { return sum + each.bytes; });
+  };
+  while (listings_.size() > 1 && (listings_.size() > kMostListings || names() > kMostNames))
+    listings_.pop_back();
 }
 
 }  // namespace ratesync::redis

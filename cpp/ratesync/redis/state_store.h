@@ -48,6 +48,8 @@ class RedisStateStore final : public store::StateStore, private LaneHost {
   void close(Nanos patience, std::function<void()> done);
   void fill(store::Stats& stats) const { lanes_.fill(stats); }
   void abandon_after_fork();
+  // Bytes of names that one scan held at once so far, at most.
+  [[nodiscard]] std::size_t most_names() const { return most_names_; }
 
  private:
   // Names of keys that a scan found and has not delivered, in order.
@@ -55,7 +57,10 @@ class RedisStateStore final : public store::StateStore, private LaneHost {
     std::string name;
     std::vector<std::string> keys;
     std::size_t next = 0;
+    std::size_t bytes = 0;
+    bool complete = true;  // no name follows them
   };
+  struct FirstNames;
   struct Scan;
   struct Claiming;
   struct Purge;
@@ -80,6 +85,7 @@ class RedisStateStore final : public store::StateStore, private LaneHost {
   void list_keys(const std::shared_ptr<Scan>& scan);
   void next_page(const std::shared_ptr<Scan>& scan);
   void page_read(const std::shared_ptr<Scan>& scan);
+  void keep(Listing listing);
 
   // state_due.cc
   void look_for_due(const std::shared_ptr<Claiming>& all);
@@ -99,6 +105,7 @@ class RedisStateStore final : public store::StateStore, private LaneHost {
   const StateKeys keys_;
   Lanes lanes_;
   std::list<Listing> listings_;
+  std::size_t most_names_ = 0;
   std::unique_ptr<asio::steady_timer> purge_timer_;
   bool used_ = false;
   bool closing_ = false;
