@@ -296,6 +296,19 @@ TEST_F(DoubtTest, AServerThatIsFullRefusesWritesAndNothingElse) {
   EXPECT_EQ(near(make(StateVerb::get, "x")).outcome, Outcome::absent);
 }
 
+TEST_F(DoubtTest, AServerThatIsFullIsClearedAllTheSame) {
+  auto control = connection(options(server_.port()));
+  WaitedOp& brief = make(StateVerb::create, "brief");
+  brief.ttl = 1;
+  near(brief);
+  near(make(StateVerb::create, "stays"));
+  settle();
+  EXPECT_TRUE(send(*control, {"CONFIG", "SET", "maxmemory", "1"}).ok());
+  EXPECT_EQ(purge(far()), 1);
+  EXPECT_TRUE(send(*control, {"CONFIG", "SET", "maxmemory", "0"}).ok());
+  EXPECT_EQ(good(start(StateVerb::create, "brief")).version, 2);
+}
+
 TEST_F(DoubtTest, AServerThatIsDownIsNotWaitedForLong) {
   settle();
   server_.kill();

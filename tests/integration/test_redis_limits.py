@@ -380,17 +380,25 @@ async def test_doctor_names_the_rights_that_are_missing(ratesync_redis_url, rate
     assert "+get" not in finding["message"]
 
 
-async def test_doctor_warns_of_a_server_that_evicts_limits(ratesync_redis_url, ratesync_redis_py):
+@pytest.mark.parametrize(
+    ("policy", "lost", "kept"),
+    [("allkeys-lru", "keys of state", "refused"), ("volatile-ttl", "limits and locks", "keys of state")],
+)
+async def test_doctor_warns_of_a_server_that_evicts(
+    ratesync_redis_url, ratesync_redis_py, policy, lost, kept
+):
     configure(ratesync_redis_url)
     await ratesync_redis_py.config_set("maxmemory", "500mb")
-    await ratesync_redis_py.config_set("maxmemory-policy", "allkeys-lru")
+    await ratesync_redis_py.config_set("maxmemory-policy", policy)
     try:
         findings = await ratesync.get_store("db").doctor()
     finally:
         await ratesync_redis_py.config_set("maxmemory", "0")
         await ratesync_redis_py.config_set("maxmemory-policy", "noeviction")
     (warning,) = [finding for finding in findings if finding["level"] == "warning"]
-    assert "allkeys-lru" in warning["message"]
+    assert policy in warning["message"]
+    assert lost in warning["message"]
+    assert kept not in warning["message"]
     assert await ratesync_redis_py.dbsize() == 0
 
 

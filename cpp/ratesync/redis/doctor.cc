@@ -93,12 +93,18 @@ class Examination : public std::enable_shared_from_this<Examination> {
     else if (policy == "noeviction")
       add(Level::ok, "memory",
           fmt::format("maxmemory {}, noeviction: when it is full, requests are refused", most));
+    else if (policy.starts_with("volatile-"))  // rows of state have no expiry of the server's
+      add(Level::warning, "memory",
+          fmt::format(
+              "maxmemory {} with {}: when it is full, limits and locks may be evicted and start afresh, and "
+              "when none of them is left, requests are refused; use noeviction, or a server of their own",
+              most, policy));
     else
       add(Level::warning, "memory",
-          fmt::format("maxmemory {} with {}: when it is full, limits, locks and keys may be evicted and "
-                      "start afresh; use "
-                      "noeviction, or a server of their own",
-                      most, policy));
+          fmt::format(
+              "maxmemory {} with {}: when it is full, limits, locks and keys of state may be evicted and "
+              "start afresh, their versions and tokens, too; use noeviction, or a server of their own",
+              most, policy));
     const bool aof = info_field(info, "aof_enabled") == "1";
     add(Level::ok, "persistence",
         aof ? "append-only file: a restart keeps limits, and state but for the last second (appendfsync)"
@@ -167,7 +173,6 @@ class Examination : public std::enable_shared_from_this<Examination> {
     probe({"DEL", key});
     probe({"HMGET", key, "x"});
     probe({"GETRANGE", key, "0", "0"});
-    probe({"PERSIST", key});
     probe({"PEXPIREAT", key, "1"});
     probe({"UNLINK", key});
     probe({"ZSCORE", key, "x"});

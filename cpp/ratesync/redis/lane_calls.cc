@@ -12,7 +12,7 @@
 namespace ratesync::redis {
 namespace {
 
-constexpr std::int64_t kReceiptLife = 3'600'000;          // ms
+constexpr std::int64_t kReceiptLife = 600'000;            // ms; ten times kMostPatience
 constexpr Nanos kGreetAgain = kReceiptLife / 2 * kMilli;  // since the lane was used
 constexpr Nanos kAskAgain = 50 * kMilli;                  // about a receipt
 constexpr Nanos kMostPatience = 60 * kSecond;             // for one without a deadline

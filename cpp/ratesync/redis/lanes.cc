@@ -338,7 +338,22 @@ void Lanes::maybe_closed() {
   if (!closing_ || trips_ > 0 || !closed_) return;
   timer_->cancel();
   doubt_timer_->cancel();
+  drop_receipts();
   std::exchange(closed_, nullptr)();
+}
+
+// All that was sent was answered: nothing is left that could arrive late.
+void Lanes::drop_receipts() {
+  if (!backend_.ready() || backend_.commander().down()) return;
+  for (const std::vector<Lane>& lanes : lanes_)
+    for (const Lane& lane : lanes) {
+      if (!lane.greeted) continue;
+      Command unlink("UNLINK");
+      unlink.add(lane.receipt);
+      backend_.commander().call(lane.receipt, std::move(unlink),
+                                saturating_add(clock_.now(), options_.call_timeout),
+                                [](const Result<Reply>&) {});
+    }
 }
 
 }  // namespace ratesync::redis

@@ -160,6 +160,7 @@ class Lanes {
   void open(Gate* gate);
   void finish(const TripPtr& trip);
   void maybe_closed();
+  void drop_receipts();
 
   // lane_calls.cc
   void send(const TripPtr& trip);

@@ -1,4 +1,5 @@
-// Clearing away rows that are over: by itself now and then, one process at a time, and when asked.
+// Clearing away rows that are over: soon after the first operation, then now and then, one process at a time,
+// and when asked. Who lives too shortly for that clears away with its writes (lua/state.lua).
 #include <algorithm>
 #include <chrono>
 #include <random>
@@ -42,40 +43,24 @@ void RedisStateStore::purge_shard(const std::shared_ptr<Purge>& all) {
     if (all->gone == 0 && !all->status.ok()) return all->done(all->status);
     return all->done(all->gone);
   }
-  call_purge(all, {}, most, [this, all, most](Result<Reply> found) {
-    std::vector<std::string> rows;
-    if (found.ok())
-      for (Reply& item : found.value().items) rows.push_back(std::move(item.text));
-    else
-      all->status = found.status();
-    if (rows.empty()) {
-      ++all->shard;
-      return purge_shard(all);
-    }
-    call_purge(all, rows, most, [this, all, more = rows.size() == most](const Result<Reply>& reply) {
-      if (reply.ok())
-        all->gone += Result<Reply>(reply).value().integer;
-      else
-        all->status = reply.status();
-      if (!reply.ok() || !more) ++all->shard;
-      purge_shard(all);
-    });
-  });
-}
-
-void RedisStateStore::call_purge(const std::shared_ptr<Purge>& all, const std::vector<std::string>& rows,
-                                 std::size_t most, std::function<void(Result<Reply>)> then) {
   const std::string key = keys_.shard("expiring", all->shard);
-  Command arguments(std::to_string(2 + rows.size()));
+  Command arguments("2");
   arguments.add(key).add(keys_.shard("floors", all->shard));
-  for (const std::string& row : rows) arguments.add(row);
   arguments.add(all->after).add(static_cast<std::int64_t>(most));
-  backend_.commander().eval(purge_script(), key, std::move(arguments),
-                            saturating_add(clock_.now(), options_.call_timeout),
-                            [all, then = std::move(then), alive = alive_](Result<Reply> reply) {
-                              if (*alive) return then(std::move(reply));
-                              all->done(Status::make(Code::closed, "the store was closed"));
-                            });
+  backend_.commander().eval(
+      purge_script(), key, std::move(arguments), saturating_add(clock_.now(), options_.call_timeout),
+      [this, all, most, alive = alive_](Result<Reply> reply) {
+        if (!*alive) return all->done(Status::make(Code::closed, "the store was closed"));
+        std::size_t looked_at = 0;
+        if (!reply.ok()) {
+          all->status = reply.status();
+        } else if (const std::vector<Reply>& items = reply.value().items; items.size() == 2) {
+          looked_at = static_cast<std::size_t>(items[0].integer);
+          all->gone += items[1].integer;
+        }
+        if (looked_at < most) ++all->shard;
+        purge_shard(all);
+      });
 }
 
 // --- in the background --------------------------------------------------------------------------------
@@ -85,8 +70,9 @@ void RedisStateStore::arm_purge() {
   if (used_ || closing_) return;
   used_ = true;
   static thread_local std::minstd_rand random{std::random_device{}()};
-  const Nanos pause =
-      options_.purge_every / 2 + std::uniform_int_distribution<Nanos>(0, options_.purge_every)(random);
+  const auto any = [](Nanos most) { return std::uniform_int_distribution<Nanos>(0, most)(random); };
+  const Nanos pause = std::exchange(purged_, true) ? options_.purge_every / 2 + any(options_.purge_every)
+                                                   : any(options_.purge_first);
   purge_timer_->expires_after(std::chrono::nanoseconds(pause));
   purge_timer_->async_wait([this, alive = alive_](const asio::error_code& error) {
     if (*alive && !error && !closing_) purge_in_background();

@@ -1,5 +1,7 @@
 #include "ratesync/redis/state_store.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <utility>
 
@@ -34,7 +36,6 @@ bool writes_row(const StateOp& op) {
 bool may_be_absent(const StateOp& op) { return op.verb == Verb::get || op.verb == Verb::remove; }
 
 void add_value(CallWriter& to, const Value& value) {
-  to.add(static_cast<std::int64_t>(value.type));
   if (value.type == Value::Type::integer)
     to.add(value.number);
   else
@@ -134,9 +135,13 @@ void RedisStateStore::abandon_after_fork() {
 
 const Script& RedisStateStore::script() const { return state_script(); }
 
+void RedisStateStore::begin(CallWriter& to) {
+  to.add(options_.purge_after / kMilli).add(std::int64_t{keys_.shards()});
+}
+
 void RedisStateStore::take_shard(std::uint32_t bucket, CallWriter& to) const {
   const std::uint32_t shard = keys_.shard_of(bucket);
-  to.add(static_cast<std::int64_t>(shard));
+  to.add(std::int64_t{bucket});
   if (!to.is_new(shard)) return;
   to.key(keys_.shard("expiring", shard));
   to.key(keys_.shard("floors", shard));
@@ -171,7 +176,7 @@ bool RedisStateStore::write_op(const StateOp& op, bool looking, CallWriter& to) 
     row();
     return to;
   };
-  const std::int64_t ttl = std::min(op.ttl, kFarthest), number = bucket;
+  const std::int64_t ttl = std::min(op.ttl, kFarthest);
   switch (op.verb) {
     case Verb::get:
       to.add("g");
@@ -198,25 +203,36 @@ bool RedisStateStore::write_op(const StateOp& op, bool looking, CallWriter& to) 
     row();
     return false;
   }
+  // What is kept of a row besides version and expiry: type, whether it was removed, id, bucket.
+  const auto rest = [&](Value::Type type) {
+    to.add(fmt::format("{} 0 {} {}", static_cast<int>(type), op.id, bucket));
+  };
   switch (op.verb) {
     case Verb::create:
-      add_value(head("c").add(number), op.value);
-      to.add(ttl).add(op.id);
-      flag(op.want_actual);
+      head(op.want_actual ? "C" : "c");
+      rest(op.value.type);
+      add_value(to, op.value);
+      to.add(ttl);
       break;
     case Verb::set:
-      add_value(head("s").add(number), op.value);
-      to.add(ttl).add(op.id);
+      head("s");
+      rest(op.value.type);
+      add_value(to, op.value);
+      to.add(ttl);
       break;
     case Verb::swap:
-      add_value(head("w").add(number), op.value);
-      to.add(ttl).add(op.id).add(op.expected);
+      head("w");
+      rest(op.value.type);
+      add_value(to, op.value);
+      to.add(ttl).add(op.expected);
       flag(op.want_actual);
       flag(op.revive);
       break;
     case Verb::remove: head("r").add(op.id).add(op.expected); break;
     case Verb::add:
-      head("i").add(number).add(op.delta).add(ttl).add(op.id);
+      head("i");
+      rest(Value::Type::integer);
+      to.add(op.delta).add(ttl);
       flag(op.renew);
       break;
     default: break;

@@ -24,6 +24,7 @@ struct StateStoreOptions {
   std::string hash_tag;
   Nanos call_timeout = 5 * kSecond;
   Nanos purge_every = 10 * kSecond;
+  Nanos purge_first = kSecond;  // after the first operation, at most
   // Rows are cleared away no earlier after their end: who has held one still finds its version.
   Nanos purge_after = 60 * kSecond;
 };
@@ -67,6 +68,7 @@ class RedisStateStore final : public store::StateStore, private LaneHost {
 
   // LaneHost
   [[nodiscard]] const Script& script() const override;
+  void begin(CallWriter& to) override;
   bool write(const LaneItem& item, bool looking, CallWriter& to) override;
   Heard read(const LaneItem& item, bool looking, Answers& from) override;
   [[nodiscard]] Nanos deadline(const LaneItem& item) const override;
@@ -95,8 +97,6 @@ class RedisStateStore final : public store::StateStore, private LaneHost {
   void arm_purge();
   void purge_in_background();
   void purge_shard(const std::shared_ptr<Purge>& all);
-  void call_purge(const std::shared_ptr<Purge>& all, const std::vector<std::string>& rows, std::size_t most,
-                  std::function<void(Result<Reply>)> then);
 
   asio::io_context& io_;
   const Clock& clock_;
@@ -108,6 +108,7 @@ class RedisStateStore final : public store::StateStore, private LaneHost {
   std::size_t most_names_ = 0;
   std::unique_ptr<asio::steady_timer> purge_timer_;
   bool used_ = false;
+  bool purged_ = false;
   bool closing_ = false;
   std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
 };

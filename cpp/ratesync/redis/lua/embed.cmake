@@ -3,10 +3,10 @@
 set(limit clock token_bucket rates windows window_log slots limit)
 set(renew clock renew)
 set(list clock list)
-set(state clock receipt state)
+set(state clock receipt clear state)
 set(locks clock receipt locks)
 set(recover recover)
-set(purge clock purge)
+set(purge clock clear purge)
 set(due clock due)
 
 set(text "// Made by embed.cmake from the .lua files.\n#include \"ratesync/redis/scripts.h\"\n\n")

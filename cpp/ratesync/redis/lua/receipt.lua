@@ -18,7 +18,6 @@ local function take_key()
   return KEYS[keys_used]
 end
 
-local DAY = 86400000 -- ms after its end at which the server forgets what nobody cleared away
 local now_ms = math.floor(now / 1000)
 
 -- Code, version, expiry; with a value the code is 10 more, and type and value follow.

@@ -1,22 +1,28 @@
--- Any operations on any rows, in the order in which they stand. After the receipt's: each operation is a letter and
--- what it needs. A row is a hash:
+-- Any operations on any rows, in the order in which they stand. ARGV after the receipt's: ms that rows have been over
+-- for when they are cleared away, number of shards; then each operation: a letter and what it needs. A row is a hash:
 --   m  version, when it expires (ms, 0: never), type of its value, 1 if it was removed, the operation that wrote
 --      it last, bucket of its key
 --   v  its value
 -- A shard has `expiring`, its rows by when they expire, and `floors`, by bucket the highest version that is gone.
 -- Versions stay far below 2^53 and are numbers; values of counters and ids are text.
+argument = 5
+local SHARDS = tonumber(ARGV[5])
+local call, try = redis.call, redis.pcall
 local shards, added = {}, {}
+local entered = {} -- the shard of each row that came into an index
 local dry = false -- only look what would come out: the first pass over a batch
 
+-- Of the bucket that stands there; both of them.
 local function take_shard()
-  local number = take_text()
+  local bucket = take_text()
+  local number = bucket % SHARDS
   local s = shards[number]
   if not s then
     s = {expiring = take_key(), floors = take_key()}
     shards[number] = s
     added[#added + 1] = number
   end
-  return s
+  return s, bucket
 end
 
 -- version, text of it, expires, type, removed ('1'), id, bucket; nil: there is none, and why if that is an error
@@ -33,7 +39,7 @@ local function is_living(expires, removed)
 end
 
 local function floor_of(s, bucket)
-  return tonumber(redis.call('HGET', s.floors, bucket) or 0)
+  return tonumber(call('HGET', s.floors, bucket) or 0)
 end
 
 -- Writing a number as text costs as much as a command; the same ones come again and again.
@@ -53,21 +59,20 @@ local function expiry(ttl, running)
   return now_ms + ttl
 end
 
--- `was`: when it expired so far, 0 also where there was no row. False: refused, and answered.
+-- `was`: when it expired so far, 0 also where there was no row.
 local function index(s, row, was, expires)
   if expires == was then return end
   if expires > 0 then
-    redis.call('ZADD', s.expiring, text_of(expires), row)
-    redis.call('PEXPIREAT', row, text_of(expires + DAY))
+    call('ZADD', s.expiring, text_of(expires), row)
   else
-    redis.call('ZREM', s.expiring, row)
-    redis.call('PERSIST', row)
+    call('ZREM', s.expiring, row)
   end
 end
-local function put(s, row, was, version, expires, kind, removed, id, bucket, value)
+-- `rest`: type, 1 if removed, id, bucket. False: refused, and answered.
+local function put(s, row, was, version, expires, rest, value)
   if dry then return true end
-  local m = text_of(version) .. ' ' .. text_of(expires) .. ' ' .. kind .. ' ' .. removed .. ' ' .. id .. ' ' .. bucket
-  local done = redis.pcall('HSET', row, 'm', m, 'v', value)
+  if was == 0 and expires > 0 then entered[#entered + 1] = s end
+  local done = try('HSET', row, 'm', text_of(version) .. ' ' .. text_of(expires) .. ' ' .. rest, 'v', value)
   if type(done) == 'table' then
     answer_error(done.err)
     return false
@@ -80,7 +85,7 @@ local verbs = {}
 
 function verbs.g()
   local row = take_key()
-  local all = redis.pcall('HMGET', row, 'm', 'v')
+  local all = try('HMGET', row, 'm', 'v')
   local version, text_or_error, expires, kind, removed = parse(row, all.err and all or all[1])
   if not version then
     if text_or_error then return answer_error(text_or_error) end
@@ -90,16 +95,16 @@ function verbs.g()
   answer_with(0, version, expires, kind, all[2])
 end
 
--- bucket, type, value, ttl, id, 1 if the row found is wanted
-function verbs.c()
-  local s, row = take_shard(), take_key()
+-- bucket, rest, value, ttl
+local function create(want)
+  local s, bucket = take_shard()
+  local row = take_key()
   local a = argument
-  argument = a + 6
-  local bucket, kind, value, ttl, id, want = ARGV[a + 1], ARGV[a + 2], ARGV[a + 3], ARGV[a + 4], ARGV[a + 5], ARGV[a + 6]
-  local version, found, was, its_kind, removed = parse(row, redis.pcall('HGET', row, 'm'))
+  argument = a + 3
+  local version, found, was, its_kind, removed = parse(row, try('HGET', row, 'm'))
   if version then
     if is_living(was, removed) then
-      if want == '1' then return answer_with(2, version, was, its_kind, redis.call('HGET', row, 'v')) end
+      if want then return answer_with(2, version, was, its_kind, call('HGET', row, 'v')) end
       return answer(2, version, was)
     end
   elseif found then
@@ -107,17 +112,19 @@ function verbs.c()
   else
     version, was = floor_of(s, bucket), 0
   end
-  local expires = expiry(ttl, 0)
-  if put(s, row, was, version + 1, expires, kind, '0', id, bucket, value) then answer(0, version + 1, expires) end
+  local expires = expiry(ARGV[a + 3], 0)
+  if put(s, row, was, version + 1, expires, ARGV[a + 1], ARGV[a + 2]) then answer(0, version + 1, expires) end
 end
+function verbs.c() create(false) end
+function verbs.C() create(true) end -- the row found is wanted
 
--- bucket, type, value, ttl, id
+-- bucket, rest, value, ttl
 function verbs.s()
-  local s, row = take_shard(), take_key()
+  local s, bucket = take_shard()
+  local row = take_key()
   local a = argument
-  argument = a + 5
-  local bucket, kind, value, ttl, id = ARGV[a + 1], ARGV[a + 2], ARGV[a + 3], ARGV[a + 4], ARGV[a + 5]
-  local version, found, was, _, removed = parse(row, redis.pcall('HGET', row, 'm'))
+  argument = a + 3
+  local version, found, was, _, removed = parse(row, try('HGET', row, 'm'))
   local running = 0
   if version then
     if is_living(was, removed) then running = was end
@@ -126,18 +133,18 @@ function verbs.s()
   else
     version, was = floor_of(s, bucket), 0
   end
-  local expires = expiry(ttl, running)
-  if put(s, row, was, version + 1, expires, kind, '0', id, bucket, value) then answer(0, version + 1, expires) end
+  local expires = expiry(ARGV[a + 3], running)
+  if put(s, row, was, version + 1, expires, ARGV[a + 1], ARGV[a + 2]) then answer(0, version + 1, expires) end
 end
 
--- bucket, type, value, ttl, id, expected, 1 if the row found is wanted, 1 if an expired one counts
+-- bucket, rest, value, ttl, expected, 1 if the row found is wanted, 1 if an expired one counts
 function verbs.w()
-  local s, row = take_shard(), take_key()
+  local s = take_shard()
+  local row = take_key()
   local a = argument
-  argument = a + 8
-  local bucket, kind, value, ttl, id = ARGV[a + 1], ARGV[a + 2], ARGV[a + 3], ARGV[a + 4], ARGV[a + 5]
-  local expected, want, revive = ARGV[a + 6], ARGV[a + 7], ARGV[a + 8]
-  local version, found, was, its_kind, removed = parse(row, redis.pcall('HGET', row, 'm'))
+  argument = a + 6
+  local expected, want, revive = ARGV[a + 4], ARGV[a + 5], ARGV[a + 6]
+  local version, found, was, its_kind, removed = parse(row, try('HGET', row, 'm'))
   if not version then
     if found then return answer_error(found) end
     return answer(1, 0, 0)
@@ -145,16 +152,16 @@ function verbs.w()
   if not is_living(was, removed) and not (revive == '1' and removed == '0') then return answer(1, 0, 0) end
   if found ~= expected then
     if not is_living(was, removed) then return answer(1, 0, 0) end
-    if want == '1' then return answer_with(3, version, was, its_kind, redis.call('HGET', row, 'v')) end
+    if want == '1' then return answer_with(3, version, was, its_kind, call('HGET', row, 'v')) end
     return answer(3, version, was)
   end
-  local expires = expiry(ttl, was)
-  if put(s, row, was, version + 1, expires, kind, '0', id, bucket, value) then answer(0, version + 1, expires) end
+  local expires = expiry(ARGV[a + 3], was)
+  if put(s, row, was, version + 1, expires, ARGV[a + 1], ARGV[a + 2]) then answer(0, version + 1, expires) end
 end
 
 -- The living row that is meant: version, text of it, expires, type, id, bucket. nil: it was answered why not.
 local function meant(row, expected)
-  local version, found, was, kind, removed, id, bucket = parse(row, redis.pcall('HGET', row, 'm'))
+  local version, found, was, kind, removed, id, bucket = parse(row, try('HGET', row, 'm'))
   if not version and found then
     answer_error(found)
   elseif not version or not is_living(was, removed) then
@@ -166,13 +173,14 @@ local function meant(row, expected)
   end
 end
 
--- id, expected. The row stays until it is purged, for its version.
+-- bucket, id, expected. The row stays until it is purged, for its version.
 function verbs.r()
-  local s, row = take_shard(), take_key()
+  local s = take_shard()
+  local row = take_key()
   local id, expected = take_text(), take_text()
   local version, _, was, kind, _, bucket = meant(row, expected)
   if not version then return end
-  if put(s, row, was, version, now_ms, kind, '1', id, bucket, '') then answer(0, version, now_ms) end
+  if put(s, row, was, version, now_ms, kind .. ' 1 ' .. id .. ' ' .. bucket, '') then answer(0, version, now_ms) end
 end
 
 -- Exact in 64 bits, as doubles are not. nil: it does not fit, and why if that was another error.
@@ -180,23 +188,24 @@ local LARGE = 4503599627370496 -- 2^52
 local function sum_of(row, value, delta)
   local a, b = tonumber(value), tonumber(delta)
   if a < LARGE and a > -LARGE and b < LARGE and b > -LARGE then return string.format('%.0f', a + b) end
-  local done = redis.pcall('HINCRBY', row, 'v', delta)
+  local done = try('HINCRBY', row, 'v', delta)
   if type(done) == 'table' then
     if string.find(done.err, 'overflow', 1, true) then return nil end
     return nil, done.err
   end
-  local sum = redis.call('HGET', row, 'v')
-  if dry then redis.call('HSET', row, 'v', value) end
+  local sum = call('HGET', row, 'v')
+  if dry then call('HSET', row, 'v', value) end
   return sum
 end
 
--- bucket, delta, ttl, id, 1 if the ttl starts anew
+-- bucket, rest, delta, ttl, 1 if the ttl starts anew
 function verbs.i()
-  local s, row = take_shard(), take_key()
+  local s, bucket = take_shard()
+  local row = take_key()
   local a = argument
-  argument = a + 5
-  local bucket, delta, ttl, id, renew = ARGV[a + 1], ARGV[a + 2], ARGV[a + 3], ARGV[a + 4], ARGV[a + 5]
-  local all = redis.pcall('HMGET', row, 'm', 'v')
+  argument = a + 4
+  local delta, ttl, renew = ARGV[a + 2], ARGV[a + 3], ARGV[a + 4]
+  local all = try('HMGET', row, 'm', 'v')
   local version, found, was, kind, removed = parse(row, all.err and all or all[1])
   local sum, expires = delta, nil
   if version and is_living(was, removed) then
@@ -211,21 +220,23 @@ function verbs.i()
     if not version then version, was = floor_of(s, bucket), 0 end
     expires = expiry(ttl, 0)
   end
-  if put(s, row, was, version + 1, expires, '3', '0', id, bucket, sum) then
+  if put(s, row, was, version + 1, expires, ARGV[a + 1], sum) then
     answer_with(0, version + 1, expires, '3', sum)
   end
 end
 
--- ttl, expected
+-- bucket, ttl, expected
 function verbs.t()
-  local s, row = take_shard(), take_key()
+  local s = take_shard()
+  local row = take_key()
   local ttl, expected = take_text(), take_text()
   local version, found, was, kind, id, bucket = meant(row, expected)
   if not version then return end
   local expires = expiry(ttl, was)
   if not dry and expires ~= was then
-    local m = string.format('%s %.0f %s 0 %s %s', found, expires, kind, id, bucket)
-    local done = redis.pcall('HSET', row, 'm', m)
+    if was == 0 then entered[#entered + 1] = s end
+    local m = found .. ' ' .. text_of(expires) .. ' ' .. kind .. ' 0 ' .. id .. ' ' .. bucket
+    local done = try('HSET', row, 'm', m)
     if type(done) == 'table' then return answer_error(done.err) end
     index(s, row, was, expires)
   end
@@ -235,7 +246,7 @@ end
 -- For who lost an answer: who wrote the row. Living 10, dead 11 (with id as the value's type); none 1.
 function verbs.l()
   local row = take_key()
-  local all = redis.pcall('HMGET', row, 'm', 'v')
+  local all = try('HMGET', row, 'm', 'v')
   local version, found, expires, kind, removed, id = parse(row, all.err and all or all[1])
   if not version then
     if found then return answer_error(found) end
@@ -252,9 +263,9 @@ function verbs.d()
   local member, due, from_now = take_text(), tonumber(take_text()), take_text()
   if from_now == '1' then due = now_ms + due end
   if not dry then
-    local done = redis.pcall('ZADD', timeouts, due, member)
+    local done = try('ZADD', timeouts, due, member)
     if type(done) == 'table' then return answer_error(done.err) end
-    redis.call('HSET', claims, member, string.format('%.0f 0', due))
+    call('HSET', claims, member, string.format('%.0f 0', due))
   end
   answer(0, 0, 0)
 end
@@ -263,14 +274,14 @@ end
 function verbs.u()
   local timeouts, claims = take_key(), take_key()
   local member, expected = take_text(), take_text()
-  local kept = redis.pcall('HGET', claims, member)
+  local kept = try('HGET', claims, member)
   if not kept then return answer(1, 0, 0) end
   if type(kept) == 'table' then return answer_error(kept.err) end
   local claim = string.match(kept, '(%d+)$')
   if expected ~= '0' and claim ~= expected then return answer(3, tonumber(claim), 0) end
   if not dry then
-    redis.call('ZREM', timeouts, member)
-    redis.call('HDEL', claims, member)
+    call('ZREM', timeouts, member)
+    call('HDEL', claims, member)
   end
   answer(0, 0, 0)
 end
@@ -294,7 +305,7 @@ function verbs.b()
   dry = false
   if out[flag] == 0 then return end
   -- A server that is full refuses the first write or none.
-  local refused = redis.pcall('SET', KEYS[1], ARGV[1], 'PX', ARGV[3]).err
+  local refused = try('SET', KEYS[1], ARGV[1], 'PX', ARGV[3]).err
   if refused then
     filled, out[flag], out[flag + 1] = flag + 1, 2, refused
     return
@@ -308,4 +319,11 @@ function verbs.b()
 end
 
 while argument < #ARGV do verbs[take_text()]() end
+-- Where no process lives long enough to clear away, those that write do: twice as many rows as came into an index
+-- leave one. Each that came is as likely to say which one that is, so that no shard falls behind.
+local AT_ONCE = 16
+for i = 1, math.ceil(#entered / AT_ONCE) do
+  local s = entered[1 + (now + AT_ONCE * i) % #entered]
+  pcall(clear, s.expiring, s.floors, now_ms - ARGV[4], 2 * math.min(#entered, AT_ONCE))
+end
 return finish()
