@@ -3,11 +3,13 @@
 -- many rows it cleared away. Their names come from the index: all of them are in the slot of its key.
 -- On a server that is full only what frees memory may come first; then it lets the rest of the script write.
 local function clear(expiring, floors, cutoff, most)
-  local call, pcall = redis.call, redis.pcall
+  local call, try = redis.call, redis.pcall
   local rows = call('ZRANGEBYSCORE', expiring, '-inf', string.format('%.0f', cutoff), 'LIMIT', 0, most)
-  local highest, gone, entries, later = {}, {}, {}, {}
+  if #rows == 0 then return 0, 0 end
+  local buckets, highest, gone, later = {}, {}, {}, {}
+  local entries = 0
   for i, row in ipairs(rows) do
-    local m = pcall('HGET', row, 'm')
+    local m = try('HGET', row, 'm')
     local version, expires, bucket
     if type(m) == 'table' then
       -- While its slot moves, it may lie on the other node.
@@ -15,27 +17,31 @@ local function clear(expiring, floors, cutoff, most)
     elseif m then
       version, expires, bucket = string.match(m, '^(%d+) (%d+) %d %d %-?%d+ (%d+)$')
     end
-    entries[#entries + 1] = row
+    entries = i
     if version and expires ~= '0' then
       if tonumber(expires) <= cutoff then
         gone[#gone + 1] = row
-        version = tonumber(version)
-        if version > (highest[bucket] or 0) then highest[bucket] = version end
+        local known = highest[bucket]
+        if not known then buckets[#buckets + 1] = bucket end
+        if not known or tonumber(version) > tonumber(known) then highest[bucket] = version end
       else
         later[#later + 1], later[#later + 2] = expires, row
       end
     end
   end
-  if #entries == 0 then return 0, 0 end
+  if entries == 0 then return 0, 0 end
   local raised = {}
-  for bucket, version in pairs(highest) do
-    if version > tonumber(call('HGET', floors, bucket) or 0) then
-      raised[#raised + 1], raised[#raised + 2] = bucket, string.format('%.0f', version)
+  if #buckets > 0 then
+    for i, floor in ipairs(call('HMGET', floors, unpack(buckets))) do
+      local bucket = buckets[i]
+      if tonumber(highest[bucket]) > tonumber(floor or 0) then
+        raised[#raised + 1], raised[#raised + 2] = bucket, highest[bucket]
+      end
     end
   end
-  call('ZREM', expiring, unpack(entries))
+  call('ZREM', expiring, unpack(rows, 1, entries))
   if #raised > 0 then call('HSET', floors, unpack(raised)) end
   if #gone > 0 then call('UNLINK', unpack(gone)) end
   if #later > 0 then call('ZADD', expiring, unpack(later)) end
-  return #entries, #gone
+  return entries, #gone
 end
