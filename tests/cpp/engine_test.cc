@@ -47,6 +47,27 @@ TEST(Loop, ClosedTargetOrphansWhatComesLaterAlsoWhenThatWakesOthers) {
   EXPECT_EQ(limiter->counters.held, 0);
 }
 
+struct Plain final : Completion {
+  void orphaned() override {}
+};
+
+// A reader that was awake already takes what comes before it is signalled.
+TEST(Loop, ReaderMayLetGoOfTheTargetWhileItIsToldOfTheLast) {
+  for (int round = 0; round < 2'000; ++round) {
+    auto* completion = new Plain;
+    auto target = std::make_shared<LoopTarget>();
+    LoopTarget* const raw = target.get();
+    completion->target = std::move(target);  // keeps it alone
+    std::thread reader([raw] {
+      Completion* taken = nullptr;
+      while (!taken) taken = raw->take();
+      taken->unref();
+    });
+    raw->deliver(completion);
+    reader.join();
+  }
+}
+
 TEST(Sync, OneThatGaveUpLeavesNothing) {
   for (int round = 0; round < 200; ++round) {
     Engine engine(false);

@@ -40,13 +40,17 @@ void LoopTarget::signal() {
 
 void LoopTarget::deliver(Completion* completion) {
   completion->next = nullptr;
+  // Once it is in the list, its reader may let go of it, and with it of us.
+  const std::shared_ptr<CompletionTarget> self = completion->target;
+  bool closed = false, first = false;
   {
     const std::lock_guard lock(mutex_);
-    if (!closed_) {
-      if (append(completion)) signal();
-      return;
-    }
+    closed = closed_;
+    if (!closed) first = append(completion);
   }
+  // Not under the mutex: the thread that this wakes wants it at once.
+  if (first) signal();
+  if (!closed) return;
   completion->orphaned();  // may deliver others here
   const std::lock_guard lock(mutex_);
   append(completion);

@@ -87,11 +87,15 @@ bool Engine::ensure_started() {
 
 bool Engine::submit(Submission submission) {
   if (closed_) return false;  // in a forked child the mutex may be held for ever
-  const std::lock_guard lock(submit_mutex_);
-  if (closed_) return false;
-  if (!ensure_started()) return false;
-  const bool was_empty = queue_.empty();
-  queue_.push_back(std::move(submission));
+  bool was_empty = false;
+  {
+    const std::lock_guard lock(submit_mutex_);
+    if (closed_) return false;
+    if (!ensure_started()) return false;
+    was_empty = queue_.empty();
+    queue_.push_back(std::move(submission));
+  }
+  // Not under the mutex: the thread that this wakes wants it at once. Who shuts down meanwhile drains anyway.
   if (was_empty) io_->post([this] { drain(); });
   return true;
 }
