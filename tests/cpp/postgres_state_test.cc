@@ -1,4 +1,6 @@
 // Every verb on a real server, alone, merged with others, and all or nothing.
+#include <fmt/format.h>
+
 #include "state_rig.h"
 
 using namespace ratesync;
@@ -238,6 +240,45 @@ TEST(PostgresState, DifferentVerbsOfDifferentKeysAreOneRoundTrip) {
   EXPECT_EQ(ops[2]->reply.version, 2);
   EXPECT_EQ(ops[3]->reply.value, text("x"));
   EXPECT_EQ(ops[5]->reply.outcome, Outcome::absent);
+}
+
+TEST(PostgresState, WhereNobodyWasRefusedOfLateCreationsDoNotLookAndStillFindWhatIsThere) {
+  Schema schema;
+  StateProcess p(schema, [](auto& o) { o.lanes = 1; });
+  const auto trips = [&](std::vector<std::unique_ptr<Operation>>& ops) {
+    const std::uint64_t before = p.store->stats().round_trips;
+    p.ask_all(ops);
+    return p.store->stats().round_trips - before;
+  };
+  std::vector<std::unique_ptr<Operation>> fresh;
+  for (int i = 0; i < 100; ++i)
+    fresh.push_back(std::make_unique<Operation>(Verb::create, fmt::format("key-{}", i)));
+  fresh[7]->with(text("seven"));
+  trips(fresh);
+  p.ask(Operation(Verb::create, "short").expires(1));
+  std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  auto dead = operations({Operation(Verb::create, "short"), Operation(Verb::create, "new")});
+  EXPECT_EQ(trips(dead), 1u);
+  EXPECT_EQ(dead[0]->reply.outcome, Outcome::done);
+  EXPECT_EQ(dead[0]->reply.version, 2) << "takes over the dead row";
+  EXPECT_EQ(dead[1]->reply.outcome, Outcome::done);
+
+  auto alone = operations({Operation(Verb::create, "key-7").wants()});
+  EXPECT_EQ(trips(alone), 1u) << "a lone one looks at once";
+  EXPECT_EQ(alone[0]->reply.outcome, Outcome::exists);
+  for (int i = 100; i < 700; ++i)
+    fresh.push_back(std::make_unique<Operation>(Verb::create, fmt::format("key-{}", i)));
+  fresh.erase(fresh.begin(), fresh.begin() + 100);
+  trips(fresh);  // the refusal is forgotten
+  for (const std::uint64_t expected : {2u, 1u}) {
+    auto mixed = operations(
+        {Operation(Verb::create, "key-7").wants(), Operation(Verb::create, expected == 2 ? "one" : "two")});
+    EXPECT_EQ(trips(mixed), expected) << "from the first refusal on they look again";
+    EXPECT_EQ(mixed[0]->reply.outcome, Outcome::exists);
+    EXPECT_EQ(mixed[0]->reply.version, 1);
+    EXPECT_EQ(mixed[0]->reply.value, text("seven"));
+    EXPECT_EQ(mixed[1]->reply.outcome, Outcome::done);
+  }
 }
 
 TEST(PostgresState, NamesMeanThemselvesAndNeverEachOther) {

@@ -70,7 +70,7 @@ struct Dealer {
     for (StateStage& one : round.stages)
       if (one.kind == kind && one.cut == cut) return &one;
     if (round.stages.size() >= kMaxStages) return nullptr;
-    round.stages.push_back({kind, cut, {}, {}, 0});
+    round.stages.push_back({kind, cut, false, {}, {}, 0});
     return &round.stages.back();
   }
 };

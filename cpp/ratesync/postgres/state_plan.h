@@ -56,6 +56,7 @@ struct StateStage {
   };
   Kind kind = Kind::get;
   unsigned cut = 0;
+  bool all_new = false;             // create: nobody was refused of late, and one who is may ask again
   std::vector<StateLine> lines;     // sorted by primary key
   std::vector<QueuedState*> items;  // decide: by group
   std::size_t first_call = 0;       // of its result, in the pipeline

@@ -18,8 +18,9 @@ struct StateSql {
   // $6 int4[] bucket, $7 int2[] type, $8 bytea[] value, $9 int8[] number, $10 int8[] op, $11 int8[] ttl,
   // $12 bool[] want_actual. Row: op, outcome, version, expires, then type, value, number where wanted.
   // No row: somebody else made it meanwhile, ask again. `create` hopes for new keys, `create_seen` looks
-  // first: a refusal then locks and writes nothing.
-  Statement create, create_seen;
+  // first: a refusal then locks and writes nothing. `create_new` is sure of it: no row for what is there, and
+  // ask again.
+  Statement create, create_seen, create_new;
   // $6 to $11 as above, $12 int8[]: so many writes at once. Row: op, version, expires.
   Statement set;
   // $6 int4[] bucket, $7 int8[] delta, $8 int8[] op, $9 int8[] ttl, $10 int8[] writes; `add_renew`: the ttl

@@ -386,7 +386,10 @@ void add_stage(const StateSql& sql, StateStage& stage, std::vector<Call>& calls)
     const Columns columns(stage.lines.size());
     const auto op = [&](std::size_t i) -> const StateOp& { return *stage.lines[i].key; };
     switch (stage.kind) {
-      case Kind::create: call.statement = &sql.create, add_create(stage, call.params); break;
+      case Kind::create:
+        call.statement = stage.all_new ? &sql.create_new : &sql.create;
+        add_create(stage, call.params);
+        break;
       case Kind::create_seen: call.statement = &sql.create_seen, add_create(stage, call.params); break;
       case Kind::set: call.statement = &sql.set, add_set(stage, call.params); break;
       case Kind::add: call.statement = &sql.add, add_add(stage, call.params); break;

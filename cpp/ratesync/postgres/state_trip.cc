@@ -17,6 +17,7 @@ using Kind = StateStage::Kind;
 namespace {
 
 constexpr unsigned kRaces = 20;
+constexpr std::uint64_t kSureOfNew = 64;  // creations without a refusal
 constexpr std::size_t kRoundBytes = 16'000'000;
 
 Nanos deadline_of(const QueuedState& item) { return item.batch ? item.batch->deadline : item.op->deadline; }
@@ -78,6 +79,8 @@ void PgStateStore::start_round(const TripPtr& trip) {
   std::vector<Call> calls;
   std::size_t asked = 0;
   for (StateStage& stage : trip->round.stages) {
+    // A lone creation that is refused is one round trip, too.
+    stage.all_new = stage.lines.size() > 1 && created_ >= kSureOfNew && found_ == 0;
     add_stage(sql_, stage, calls);
     asked += stage.kind == Kind::decide ? stage.items.size() : stage.lines.size();
   }
