@@ -8,7 +8,7 @@
 argument = 7
 local WAITS = 3000000 -- a waiter is remembered for so long after it asked; it asks again in half of that
 local GRACE = 200000  -- a lock given back is kept for the first in line for so long
-local DAY = 86400000  -- ms after its end at which the server forgets a lock that nobody took. Its token was another key's
+local DAY = 86400000  -- ms after its end at which the server forgets a lock that nobody took; `tokens` stays
 local mine = 'w' .. ARGV[4]
 
 local function ms(us) return math.ceil(us / 1000) end
