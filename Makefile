@@ -20,7 +20,7 @@ help:
 	@echo "make setup      everything all verbs need"
 	@echo "make demo       200 tasks against a server that answers 429 above its limit (STORE=postgres or redis: 4 processes)"
 	@echo "make test       C++ and Python tests            (PYTEST_ARGS='-k name' for some, WORKERS=0 one by one)"
-	@echo "make test-all   + sanitizers, PostgreSQL 12-18, other Pythons, asyncio debug mode, uvloop"
+	@echo "make test-all   + sanitizers, PostgreSQL 12-18, Redis 6.2, Valkey, other Pythons, asyncio debug, uvloop"
 	@echo "make lint       formatting, clang-tidy, ruff, mypy, layers        make fmt: apply the formatting"
 	@echo "make bench      benchmarks against peers        make docs: the documentation as a site"
 	@echo "make asan tsan  C++ tests under sanitizers      make wheel: a wheel in dist/"

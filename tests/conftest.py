@@ -1,6 +1,7 @@
 """What holds for the whole suite: its event loop, no configuration from outside, patience with servers.
 
-`pytest --loop=uvloop` runs everything on uvloop, `--asyncio-debug` in asyncio's debug mode.
+`pytest --loop=uvloop` runs everything on uvloop, `--asyncio-debug` in asyncio's debug mode, `--only=postgres`
+what has to do with that server.
 The fixtures come from `ratesync.testing.plugin`, which pytest finds because ratesync is installed.
 """
 
@@ -24,6 +25,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--loop", choices=("asyncio", "uvloop"), default="asyncio", help="event loop of the suite"
     )
+    parser.addoption(
+        "--only", choices=("postgres", "redis"), help="what has to do with this server, to try versions of it"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -38,6 +42,21 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header(config: pytest.Config) -> str:
     return f"event loop: {config.getoption('--loop')}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """`--only`: a test has to do with a server when it says so in its name, its parameters or a fixture."""
+    only = config.getoption("--only")
+    if only is None:
+        return
+    kept: list[pytest.Item] = []
+    left_out: list[pytest.Item] = []
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        concerned = only in item.nodeid.lower() or any(only in fixture for fixture in fixtures)
+        (kept if concerned else left_out).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture

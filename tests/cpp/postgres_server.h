@@ -1,5 +1,6 @@
-// A real PostgreSQL for C++ tests: the one of RATESYNC_TEST_POSTGRES_URL, or a temporary one that
-// this process starts on a free port and a Unix socket and takes down with itself.
+// A real PostgreSQL for C++ tests: the one of RATESYNC_TEST_POSTGRES_URL, or a temporary one (programs of
+// RATESYNC_PG_BIN, or the newest found) that this process starts on a free port and a Unix socket and takes
+// down with itself.
 #pragma once
 
 #include <arpa/inet.h>
@@ -88,6 +89,7 @@ class PostgresServer {
   }
 
   static std::string find_binaries() {
+    if (const char* given = std::getenv("RATESYNC_PG_BIN"); given && *given) return given;
     glob_t found{};
     std::string bin;
     for (const char* pattern : {"/usr/lib/postgresql/*/bin", "/usr/pgsql-*/bin",
@@ -99,7 +101,7 @@ class PostgresServer {
       globfree(&found);
       if (!bin.empty()) return bin;
     }
-    throw std::runtime_error("no PostgreSQL server found; set RATESYNC_TEST_POSTGRES_URL");
+    throw std::runtime_error("no PostgreSQL server found; set RATESYNC_PG_BIN or RATESYNC_TEST_POSTGRES_URL");
   }
 
   pid_t spawn(const std::vector<std::string>& command) const {
