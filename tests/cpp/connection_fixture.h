@@ -87,6 +87,15 @@ class ConnectionTest : public ::testing::Test {
     return status.value_or(Status{});
   }
 
+  // Ends a session and waits at the server until it is gone (pg_terminate_backend does so from 14 on only).
+  void end_session(Connection& by, const std::string& pid) {
+    const Status ended =
+        script(by, "SELECT pg_terminate_backend(" + pid +
+                       "); DO $$ BEGIN WHILE EXISTS (SELECT FROM pg_stat_activity WHERE pid = " + pid +
+                       ") LOOP PERFORM pg_sleep(0.01), pg_stat_clear_snapshot(); END LOOP; END $$");
+    ASSERT_TRUE(ended.ok()) << ended.message;
+  }
+
   asio::io_context io_;
 };
 

@@ -110,7 +110,7 @@ TEST_F(PgPoolTest, ReplacesAConnectionThatTheServerEnded) {
   auto lease = get(*p);
   const std::string pid = one(*lease.value(), "SELECT pg_backend_pid()");
   p->put(std::move(lease.value()));
-  ASSERT_EQ(one(*killer, "SELECT pg_terminate_backend(" + pid + ", 10000)"), "t");
+  ASSERT_NO_FATAL_FAILURE(end_session(*killer, pid));
   ASSERT_TRUE(wait_until([&] { return stats(*p).reconnects == 1; }));
   auto next = get(*p);
   ASSERT_TRUE(next.ok()) << next.status().message;

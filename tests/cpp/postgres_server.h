@@ -73,7 +73,8 @@ class PostgresServer {
     port_ = free_port();
     pid_ = spawn({bin + "/postgres", "-D", data, "-k", directory_, "-p", std::to_string(port_), "-c",
                   "listen_addresses=127.0.0.1", "-c", "fsync=off", "-c", "max_connections=20", "-c",
-                  "superuser_reserved_connections=1"});
+                  "superuser_reserved_connections=1", "-c",
+                  "password_encryption=scram-sha-256"});  // md5 before 14
     url_ = "postgresql://postgres@127.0.0.1:" + std::to_string(port_) + "/postgres";
     wait_until_ready(data + "/postmaster.pid");
   }
