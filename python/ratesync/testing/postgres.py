@@ -245,11 +245,21 @@ class PostgresServer(ServerLog, _Databases):
         self._signal_all(signal.SIGCONT)
 
     def standby(self) -> PostgresServer:
-        """A hot standby of this server, started; `promote()` makes it the primary."""
+        """A hot standby of this server, started; `promote()` makes it the primary.
+
+        Without `pg_basebackup` among the programs the files are copied while this server is stopped.
+        """
         standby = PostgresServer(settings=self._settings, bin_dir=self.bin_dir)
-        home = standby._make_home()
-        data = str(home / "data")
-        standby._run(["pg_basebackup", "-D", data, "-R", "-X", "stream", "-c", "fast", "-d", self.url()])
+        data = standby._make_home() / "data"
+        if (self.bin_dir / "pg_basebackup").exists():
+            backup = ["-R", "-X", "stream", "-c", "fast", "-d", self.url()]
+            standby._run(["pg_basebackup", "-D", str(data), *backup])
+        else:
+            copy = 'cp -Rp "$0" "$1" && touch "$1/standby.signal"'
+            self.stop()
+            standby._run(["/bin/sh", "-c", copy, str(self._where() / "data"), str(data)])
+            self.start()
+            standby._settings |= {"primary_conninfo": self.url()}
         standby._configure()
         standby.start()
         return standby
