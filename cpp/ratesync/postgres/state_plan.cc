@@ -73,6 +73,10 @@ struct Dealer {
     round.stages.push_back({kind, cut, false, {}, {}, 0});
     return &round.stages.back();
   }
+  bool joins(StateLine& line, Kind kind, const QueuedState& item) {
+    return kind_of(item) == kind && item.cut == line.first->cut && merges(line, kind, item) &&
+           (kind != Kind::set || fits(*item.op));
+  }
 };
 
 bool before(const StateOp* a, const StateOp* b) {
@@ -118,40 +122,27 @@ StateRound plan_state(const StateItems& pending, std::size_t max_bytes) {
     return c != 0 ? c < 0 : a < b;
   });
 
-  const StateOp* previous = nullptr;
-  StateLine* line = nullptr;  // of `previous`; null: nothing may join it any more
-  Kind kind = Kind::get;
-  unsigned cut = 0;
-  for (const std::uint32_t at : order) {
-    QueuedState& item = *pending[at];
-    const bool same = previous && compare_keys(*previous, *item.op) == 0;
-    previous = item.op;
-    if (!same) {
-      kind = kind_of(item);
-      cut = item.cut;
-      line = nullptr;
-      StateStage* const stage = dealer.fits(*item.op) ? dealer.stage(kind, cut) : nullptr;
-      if (!stage) {
-        later[at] = true;
-        continue;
+  // Of the operations of one key the first makes a line; others join it until one cannot, which waits
+  // with the rest.
+  for (std::size_t at = 0, end = 0; at < order.size(); at = end) {
+    QueuedState& first = *pending[order[at]];
+    for (end = at + 1; end < order.size() && compare_keys(*first.op, *pending[order[end]]->op) == 0;) ++end;
+    const Kind kind = kind_of(first);
+    std::size_t joined = at;
+    if (StateStage* const stage = dealer.fits(*first.op) ? dealer.stage(kind, first.cut) : nullptr) {
+      StateLine line{&first, &first, 1, first.op, first.op->delta, 0};
+      for (++joined; joined < end && dealer.joins(line, kind, *pending[order[joined]]); ++joined) {
+        line.last->next = pending[order[joined]];
+        line.last = line.last->next;
+        ++line.count;
       }
-      stage->lines.push_back({&item, &item, 1, item.op, item.op->delta, 0});
-      line = &stage->lines.back();
       if (kind == Kind::decide) {
-        line->group = static_cast<std::int64_t>(stage->items.size());
-        stage->items.push_back(&item);
+        line.group = static_cast<std::int64_t>(stage->items.size());
+        stage->items.push_back(&first);
       }
-      continue;
+      stage->lines.push_back(line);
     }
-    if (!line || kind_of(item) != kind || item.cut != cut || !merges(*line, kind, item) ||
-        (kind == Kind::set && !dealer.fits(*item.op))) {
-      line = nullptr;
-      later[at] = true;
-      continue;
-    }
-    line->last->next = &item;
-    line->last = &item;
-    ++line->count;
+    for (; joined < end; ++joined) later[order[joined]] = true;
   }
   for (StateStage& stage : dealer.round.stages)
     if (stage.kind == Kind::decide)

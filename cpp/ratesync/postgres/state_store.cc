@@ -245,12 +245,12 @@ void PgStateStore::fail_queued(Lane& lane, const Status& status) {
   while (left > 0) {
     auto batch = lane.batcher.take();
     if (!batch) break;
-    left -= std::min(left, batch->ops.size());
     StateItems items;
     for (QueuedState& item : batch->ops) {
       tickets_.erase(item.batch ? static_cast<const void*>(item.batch) : item.op);
       items.push_back(&item);
     }
+    left -= std::min(left, items.size());
     lane.batcher.finished(batch->id);
     fail_all(items, status);
   }
