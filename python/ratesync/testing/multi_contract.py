@@ -247,7 +247,7 @@ class MultiLimitContract:
             for number in range(10):
                 tasks.append(asyncio.create_task(work(number)))
                 await asyncio.sleep(0)
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.5)  # until the store has refused them
             assert order == []
         await asyncio.wait_for(asyncio.gather(*tasks), 60)
         assert order == list(range(10))
@@ -264,9 +264,9 @@ class MultiLimitContract:
 
         async with ratesync.acquire("a"):
             tasks = [asyncio.create_task(work("both", "a", "b"))]
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.5)  # until the store has refused them
             tasks += [asyncio.create_task(work("one", "a")) for _ in range(20)]
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.5)  # until the store has refused them
         await asyncio.wait_for(asyncio.gather(*tasks), 60)
         assert done == ["both"] + ["one"] * 20
 
