@@ -439,7 +439,7 @@ TEST(PostgresState, ScanGivesEachLivingRowOfItsKindOnceInTheOrderOfBytes) {
   StateProcess p(schema);
   std::vector<std::unique_ptr<Operation>> ops;
   std::vector<std::string> wanted;
-  for (const std::string& key :
+  for (const char* key :
        {"a", "a%", "a_b", "ab", "abc", "b", "\xC3\xA4", "a\xF4\x8F\xBF\xBF", "a\xED\x9F\xBFz"})
     ops.push_back(std::make_unique<Operation>(Operation(Verb::set, key).with(text(key))));
   for (const auto& op : ops)
