@@ -151,7 +151,7 @@ def test_json_without_once_writes_a_line_per_look(configured: str) -> None:
         looks = [json.loads(process.stdout.readline()) for _ in range(3)]
         assert looks[0]["time"] < looks[1]["time"] < looks[2]["time"]
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=60)
         assert (process.returncode, errors) == (0, "")
     finally:
         process.kill()

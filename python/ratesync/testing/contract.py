@@ -109,9 +109,11 @@ class StoreContract:
 
     @pytest.fixture
     def store(self, ratesync_registry: Path, store_options: dict[str, Any]) -> Store:
-        """The store under test, configured as "contract"."""
+        """The store under test, configured as "contract", and connected."""
         ratesync.configure_store("contract", **store_options)
-        return ratesync.get_store("contract")
+        store = ratesync.get_store("contract")
+        store.state().initialize().wait()
+        return store
 
     @pytest.fixture(params=["asyncio", "threads"])
     def call(self, request: pytest.FixtureRequest, ratesync_registry: Path) -> Iterator[Caller]:

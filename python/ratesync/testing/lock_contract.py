@@ -29,7 +29,7 @@ __all__ = ["LockContract"]
 
 # Of locks that are renewed while Python is busy for longer: renewed after a third of it, so that a machine
 # may stand still for two seconds.
-LEASE, LONGER = 4.0, 5.0
+LEASE, LONGER = 6.0, 7.0
 
 
 def hold_the_gil(seconds: float) -> None:

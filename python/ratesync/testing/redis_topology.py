@@ -84,7 +84,8 @@ class RedisCluster(_Group):
         replicas: of each primary.
         password: of all nodes.
         tls: speak TLS only, also among the nodes; see `RedisServer.ca_file`.
-        node_timeout_ms: a node that is silent for so long is taken for dead.
+        node_timeout_ms: a node that is silent for so long is taken for dead, on a busy machine also one that
+            lives: its replica takes over, and what was written last may be lost.
         settings: further settings of each node.
 
     Attributes:
@@ -101,7 +102,7 @@ class RedisCluster(_Group):
         replicas: int = 0,
         password: str | None = None,
         tls: bool = False,
-        node_timeout_ms: int = 1000,
+        node_timeout_ms: int = 3000,
         settings: Mapping[str, str | int] | None = None,
     ) -> None:
         super().__init__(tls)
@@ -340,7 +341,7 @@ class RedisSentinel(_Group):
         password: of the two servers.
         sentinel_password: of the Sentinels themselves.
         tls: speak TLS only, all of them; see `RedisServer.ca_file`.
-        down_after_ms: a server that is silent for so long is taken for dead.
+        down_after_ms: a server that is silent for so long is taken for dead, see `RedisCluster`.
 
     Attributes:
         servers: the two servers, then the Sentinels; `nodes` and `sentinels` are its two parts.
@@ -358,7 +359,7 @@ class RedisSentinel(_Group):
         password: str | None = None,
         sentinel_password: str | None = None,
         tls: bool = False,
-        down_after_ms: int = 500,
+        down_after_ms: int = 2000,
     ) -> None:
         super().__init__(tls)
         self.name = name
