@@ -15,8 +15,6 @@ namespace ratesync::postgres {
 namespace {
 
 constexpr unsigned kLostRaces = 20;
-// A connection is given back after so many trips, so that others get their turn.
-constexpr unsigned kTripsInARow = 16;
 
 const Statement kLazyCommit{"ratesync_lazy_commit", "SELECT set_config('synchronous_commit', 'off', true)"};
 
@@ -35,21 +33,8 @@ void count_conflict(const Run& run) {
 
 }  // namespace
 
-void PgLimitStore::begin_trip(Lane& lane, OpBatcher::Batch batch, PgPool::Lease connection,
-                              unsigned in_a_row) {
-  auto trip = std::make_shared<Trip>(lane, std::move(batch), std::move(connection));
-  trip->trips_in_a_row = in_a_row;
-  lane.trip = trip;
-  trip->pending.reserve(trip->batch.ops.size());
-  for (QueuedOp& op : trip->batch.ops) {
-    if (op.acquire || op.all) tickets_.erase(op.all ? static_cast<const void*>(op.all) : op.acquire);
-    trip->pending.push_back(&op);
-  }
-  start_round(trip);
-}
-
 // A release whose news went along with an earlier statement.
-void PgLimitStore::drop_needless_restatements(Lane& lane, OpList& pending) {
+void PgLimitStore::drop_needless_restatements(const OpLane& lane, OpList& pending) {
   Holders& holders = holders_of(lane);
   std::erase_if(pending, [&holders](QueuedOp* op) {
     if (op->kind != QueuedOp::Kind::restate) return false;
@@ -75,37 +60,29 @@ void PgLimitStore::refuse_windows(OpList& pending) {
     refused.push_back(op);
     return true;
   });
-  if (!refused.empty()) fail_ops(refused, backend_.no_windows());
+  if (!refused.empty()) fail_all(refused, backend_.no_windows());
 }
 
 void PgLimitStore::start_round(const TripPtr& trip) {
-  for (;;) {
-    drop_needless_restatements(trip->lane, trip->pending);
+  do {
+    if (!trip->more()) return land(trip);
+    drop_needless_restatements(*trip->lane, trip->pending);
     refuse_windows(trip->pending);
-    if (!trip->pending.empty()) break;
-    if (trip->parked.empty()) return land(trip);
-    trip->pending = std::move(trip->parked.back());
-    trip->parked.pop_back();
-  }
+  } while (trip->pending.empty());
   if (!trip->connection->open()) return reconnect(trip);
-  trip->plan = trip->lane.together()
+  trip->plan = is_together(*trip->lane)
                    ? plan_together(trip->pending, clock_.now(), kMaxLayers)
-                   : plan_trip(trip->pending, clock_.now(), trip->lane.slots() ? 1 : kMaxLayers);
-  std::vector<Call> calls = build_calls(*trip);
-  count(calls, trip->pending.size() - trip->plan.later.size());
-  trip->sent = clock_.now();
-  trip->connection->run(std::move(calls), [this, trip, alive = alive_](PipelineResult result) {
-    if (*alive) answered(trip, std::move(result));
-  });
+                   : plan_trip(trip->pending, clock_.now(), has_slots(*trip->lane) ? 1 : kMaxLayers);
+  run(trip, build_calls(*trip), trip->pending.size() - trip->plan.later.size());
 }
 
-std::vector<Call> PgLimitStore::build_calls(Trip& trip) {
+std::vector<Call> PgLimitStore::build_calls(LimitTrip& trip) {
   using Durability = LimitStoreOptions::Durability;
   const LimitSql& sql = backend_.limit_sql();
   const TripPlan& plan = trip.plan;
-  const bool rates = trip.lane.kind == Kind::rates;
+  const bool rates = kind_of(*trip.lane) == Kind::rates;
   const bool lazy = options_.durability == Durability::off ||
-                    (options_.durability == Durability::automatic && !trip.lane.slots());
+                    (options_.durability == Durability::automatic && !has_slots(*trip.lane));
   std::vector<Call> calls;
   trip.stated.clear();
   trip.stated_from.clear();
@@ -164,14 +141,14 @@ void PgLimitStore::add_adjustments(const TripPlan& plan, std::vector<Call>& call
   if (!resets.empty() && leases()) calls.push_back({&sql.drop_leases, {Param::text(array_of_text(resets))}});
 }
 
-Call PgLimitStore::decide_call(Trip& trip, const Layer& layer) {
+Call PgLimitStore::decide_call(LimitTrip& trip, const Layer& layer) {
   const LimitSql& sql = backend_.limit_sql();
-  const bool together = trip.lane.together();
+  const bool together = is_together(*trip.lane);
   const bool any =
       std::any_of(layer.begin(), layer.end(), [](const Run& r) { return r.group->params.is_window(); });
   const bool with_windows = windows() && (any || together);
   Call call{together ? &sql.together : with_windows ? &sql.windows : &sql.slots, run_params(layer)};
-  Holders& holders = holders_of(trip.lane);
+  Holders& holders = holders_of(*trip.lane);
   trip.stated_from.push_back(trip.stated.size());
   ArrayWriter slots, held, holder, fresh, lease, freed, bundle, queued;
   for (const Run& run : layer) {
@@ -211,12 +188,12 @@ Call PgLimitStore::decide_call(Trip& trip, const Layer& layer) {
 
 // --- answers ------------------------------------------------------------------------------------
 
-void PgLimitStore::answered(TripPtr trip, PipelineResult result) {
+void PgLimitStore::answered(const TripPtr& trip, PipelineResult result) {
   if (!result.status.ok()) return failed(trip, result);
   Dealt dealt;
   for (std::size_t i = 0; i < trip->plan.layers.size(); ++i) {
     const Rows& rows = *result.results[trip->layer_call + i];
-    if (trip->lane.together())
+    if (is_together(*trip->lane))
       deal_together(*trip, i, rows, dealt);
     else
       deal_layer(*trip, trip->plan.layers[i], rows, dealt);
@@ -241,13 +218,13 @@ void PgLimitStore::answered(TripPtr trip, PipelineResult result) {
   for (const auto& [op, peek] : dealt.peeks) op->side->peeked(peek);
 }
 
-RunAnswer PgLimitStore::read_answer(Trip& trip, const Run& run, Holding* holding, const Rows& rows, int row,
-                                    Dealt& dealt) {
+RunAnswer PgLimitStore::read_answer(LimitTrip& trip, const Run& run, Holding* holding, const Rows& rows,
+                                    int row, Dealt& dealt) {
   RunAnswer answer;
   answer.granted = rows.integer(row, 1);
   answer.ahead = rows.integer(row, 2);
   answer.stamp = rows.integer(row, 3);
-  if (trip.lane.kind == Kind::rates) return answer;
+  if (kind_of(*trip.lane) == Kind::rates) return answer;
   answer.may = rows.integer(row, 4);
   answer.free = rows.integer(row, 5);
   answer.lost = rows.boolean(row, 6);
@@ -262,20 +239,20 @@ RunAnswer PgLimitStore::read_answer(Trip& trip, const Run& run, Holding* holding
   if (!holding) return answer;
   if (waiters()) {
     const std::int64_t queued =
-        last_queued(trip.lane.together() ? trip.plan.bundles[run.bundle].ops : run.ops);
+        last_queued(is_together(*trip.lane) ? trip.plan.bundles[run.bundle].ops : run.ops);
     const bool waits = queued > answer.granted && answer.may > answer.granted && answer.free <= 0;
     if (waits || answer.granted > 0) remember(run.group, waits);
   }
   const store::HolderId before = holding->id;
   const std::int64_t lost =
-      holders_of(trip.lane).answered(*holding, answer.granted, answer.lost, answer.wrote, trip.sent);
+      holders_of(*trip.lane).answered(*holding, answer.granted, answer.lost, answer.wrote, trip.sent);
   if (lost > 0) dealt.lost.push_back({run.group->id, before, lost});
   dealt.touched.push_back(holding);
   return answer;
 }
 
 // The statement answers for every run or fails as a whole.
-void PgLimitStore::deal_together(Trip& trip, std::size_t layer, const Rows& rows, Dealt& dealt) {
+void PgLimitStore::deal_together(LimitTrip& trip, std::size_t layer, const Rows& rows, Dealt& dealt) {
   const Layer& runs = trip.plan.layers[layer];
   std::vector<RunAnswer> answers(runs.size());
   std::vector<store::HolderId> holders(runs.size(), 0);
@@ -305,10 +282,10 @@ void PgLimitStore::deal_together(Trip& trip, std::size_t layer, const Rows& rows
   }
 }
 
-void PgLimitStore::deal_layer(Trip& trip, const Layer& layer, const Rows& rows, Dealt& dealt) {
+void PgLimitStore::deal_layer(LimitTrip& trip, const Layer& layer, const Rows& rows, Dealt& dealt) {
   std::vector<const Run*> unanswered(layer.size(), nullptr);
   for (std::size_t i = 0; i < layer.size(); ++i) unanswered[i] = &layer[i];
-  const bool rates = trip.lane.kind == Kind::rates, slots = trip.lane.slots();
+  const bool rates = kind_of(*trip.lane) == Kind::rates, slots = has_slots(*trip.lane);
   std::unordered_set<std::string_view> inserted;
   for (int row = 0; row < rows.rows(); ++row) {
     if (rates && !rows.is_null(row, 5)) {
@@ -357,7 +334,7 @@ void PgLimitStore::deal_layer(Trip& trip, const Layer& layer, const Rows& rows, 
   trip.lost_races = lost_race ? trip.lost_races + 1 : 0;
 }
 
-void PgLimitStore::deal_sides(Trip& trip, Dealt& dealt) {
+void PgLimitStore::deal_sides(LimitTrip& trip, Dealt& dealt) {
   for (const Adjustment& adjustment : trip.plan.adjustments) {
     dealt.sides.insert(dealt.sides.end(), adjustment.ops.begin(), adjustment.ops.end());
     if (adjustment.mode != AdjustMode::reset) continue;
@@ -374,7 +351,7 @@ void PgLimitStore::deal_sides(Trip& trip, Dealt& dealt) {
   }
 }
 
-void PgLimitStore::deal_peeks(Trip& trip, const PipelineResult& result, Dealt& dealt) {
+void PgLimitStore::deal_peeks(LimitTrip& trip, const PipelineResult& result, Dealt& dealt) {
   for (const bool window : {false, true}) {
     const OpList& peeks = window ? trip.plan.window_peeks : trip.plan.peeks;
     if (peeks.empty()) continue;
@@ -393,9 +370,9 @@ void PgLimitStore::deal_peeks(Trip& trip, const PipelineResult& result, Dealt& d
 // --- failures -----------------------------------------------------------------------------------
 
 // Everything of the round is pending again; what the server knows about slots is said anew.
-void PgLimitStore::put_back(Trip& trip, bool in_doubt) {
+void PgLimitStore::put_back(LimitTrip& trip, bool in_doubt) {
   std::erase(trip.stated, nullptr);
-  for (Holding* holding : trip.stated) holders_of(trip.lane).failed(*holding, in_doubt, clock_.now());
+  for (Holding* holding : trip.stated) holders_of(*trip.lane).failed(*holding, in_doubt, clock_.now());
   for (Holding* holding : std::exchange(trip.stated, {})) in_step(*holding);
   trip.plan = TripPlan{};
 }
@@ -412,15 +389,12 @@ void PgLimitStore::failed(const TripPtr& trip, const PipelineResult& result) {
 
   if (lost_race) {
     ++stats_.conflicts;
-    if (trip->patience.lasts(status.sqlstate, clock_.now())) return retry_later(trip);
+    if (trip->patience.lasts(status.sqlstate, clock_.now()))
+      return retry_later(trip, trip->patience.refusals());
   } else if (status.code == Code::unavailable && ++trip->lost_connections <= 1) {
     return reconnect(trip);  // certainly not executed: an idle connection had died
   } else if (status.code == Code::server && is_row_fault(status.sqlstate) && asked.size() > 1) {
-    const auto middle = asked.begin() + static_cast<std::ptrdiff_t>(asked.size() / 2);
-    OpList second(middle, asked.end());
-    second.insert(second.end(), later.begin(), later.end());
-    trip->parked.push_back(std::move(second));
-    trip->pending.assign(asked.begin(), middle);
+    trip->cut(asked, later);
     return start_round(trip);
   }
 
@@ -429,51 +403,7 @@ void PgLimitStore::failed(const TripPtr& trip, const PipelineResult& result) {
   trip->pending = std::move(later);
   const Status told = status.code == Code::server ? backend_.explain(result) : status;
   start_round(trip);
-  fail_ops(asked, told);
-}
-
-void PgLimitStore::fail_ops(const OpList& ops, const Status& status) {
-  for (QueuedOp* op : ops) fail(*op, status);
-}
-
-void PgLimitStore::retry_later(const TripPtr& trip) {
-  auto timer = std::make_shared<asio::steady_timer>(io_);
-  timer->expires_after(std::chrono::nanoseconds(pause_after(trip->patience.refusals(), random_)));
-  timer->async_wait([this, trip, timer, alive = alive_](const asio::error_code&) {
-    if (*alive) start_round(trip);
-  });
-}
-
-void PgLimitStore::reconnect(const TripPtr& trip) {
-  if (trip->connection) backend_.pool().put(std::exchange(trip->connection, nullptr));
-  backend_.pool().get([this, trip, alive = alive_](Result<PgPool::Lease> got) {
-    if (!*alive) return;
-    if (got.ok()) {
-      trip->connection = std::move(got.value());
-      return start_round(trip);
-    }
-    OpList ops = std::exchange(trip->pending, {});
-    for (const OpList& more : std::exchange(trip->parked, {}))
-      ops.insert(ops.end(), more.begin(), more.end());
-    land(trip);
-    fail_ops(ops, got.status());
-  });
-}
-
-void PgLimitStore::land(const TripPtr& trip) {
-  Lane& lane = trip->lane;
-  lane.batcher.finished(trip->batch.id);
-  if (trip->connection && trip->connection->open() && trip->trips_in_a_row < kTripsInARow) {
-    if (auto batch = lane.batcher.take())
-      return begin_trip(lane, std::move(*batch), std::exchange(trip->connection, nullptr),
-                        trip->trips_in_a_row + 1);
-  }
-  lane.busy = false;
-  --trips_;
-  if (trip->connection) backend_.pool().put(std::exchange(trip->connection, nullptr));
-  pump(lane);
-  back_from(lane);  // `lane` may be gone after this
-  maybe_closed();
+  fail_all(asked, told);
 }
 
 }  // namespace ratesync::postgres

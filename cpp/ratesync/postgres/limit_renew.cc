@@ -101,54 +101,45 @@ void PgLimitStore::renew(Holders& holders, std::vector<Holding*> due) {
         {holding->group->id, holding->id, holding->changes, holding->flying, holding->group->params.lease});
   std::sort(asked->begin(), asked->end(), [](const Asked& a, const Asked& b) { return a.group < b.group; });
 
-  backend_.pool().get([this, &holders, asked, alive = alive_](Result<PgPool::Lease> got) {
-    if (!*alive) return;
-    if (!got.ok()) return;  // tick() comes back, until the lease is over
-    if (!leases()) return backend_.pool().put(std::move(got.value()));
-    std::vector<std::string_view> groups;
-    ArrayWriter holder, lease;
-    for (const Asked& item : *asked) {
-      groups.push_back(item.group);
-      holder.add(static_cast<std::int64_t>(item.holder));
-      lease.add(item.lease / kMicro);
-    }
-    const std::string names = array_of_text(groups);
-    const LimitSql& sql = backend_.limit_sql();
-    std::vector<Call> calls;
-    calls.push_back({&sql.lock, {Param::text(names)}});
-    calls.push_back({&sql.renew, {Param::text(names), holder.take(), lease.take()}});
-    count(calls, asked->size());
-    const PgPool::Lease connection = got.value();
-    const Nanos sent = clock_.now();
-    connection->run(std::move(calls),
-                    [this, &holders, asked, connection, sent, alive](PipelineResult result) {
-                      if (!*alive) return;
-                      backend_.pool().put(connection);
-                      if (!result.status.ok()) {
-                        if (result.status.code == Code::server) (void)backend_.explain(result);
-                        return;
-                      }
-                      std::vector<std::string> kept;
-                      const Rows& rows = *result.results[1];
-                      for (int row = 0; row < rows.rows(); ++row) kept.emplace_back(rows.text(row, 0));
-                      std::sort(kept.begin(), kept.end());
-                      for (const Asked& item : *asked) {
-                        Holding* holding = holders.find(item.group);
-                        if (!holding || holding->id != item.holder || holding->held == 0) continue;
-                        if (std::binary_search(kept.begin(), kept.end(), item.group)) {
-                          holding->renewed = std::max(holding->renewed, sent);
-                          continue;
-                        }
-                        // Not there. If a statement about the group crossed the renewal, that one knows
-                        // better.
-                        if (item.flying || holding->changes != item.changes) continue;
-                        const std::int64_t slots = holders.forget(*holding);
-                        holding->stated = 0;
-                        report_lost(item.group, item.holder, slots);
-                        if (Holding* still = holders.find(item.group)) holders.tidy(*still);
-                      }
-                    });
-  });
+  const auto sent = std::make_shared<Nanos>(0);
+  errand(
+      asked->size(),
+      [this, asked, sent]() -> std::vector<Call> {
+        if (!leases()) return {};
+        std::vector<std::string_view> groups;
+        ArrayWriter holder, lease;
+        for (const Asked& item : *asked) {
+          groups.push_back(item.group);
+          holder.add(static_cast<std::int64_t>(item.holder));
+          lease.add(item.lease / kMicro);
+        }
+        const std::string names = array_of_text(groups);
+        const LimitSql& sql = backend_.limit_sql();
+        *sent = clock_.now();
+        return {{&sql.lock, {Param::text(names)}},
+                {&sql.renew, {Param::text(names), holder.take(), lease.take()}}};
+      },
+      [this, &holders, asked, sent](const PipelineResult& result) {
+        if (!result.status.ok()) return;  // tick() comes back, until the lease is over
+        std::vector<std::string> kept;
+        const Rows& rows = *result.results[1];
+        for (int row = 0; row < rows.rows(); ++row) kept.emplace_back(rows.text(row, 0));
+        std::sort(kept.begin(), kept.end());
+        for (const Asked& item : *asked) {
+          Holding* holding = holders.find(item.group);
+          if (!holding || holding->id != item.holder || holding->held == 0) continue;
+          if (std::binary_search(kept.begin(), kept.end(), item.group)) {
+            holding->renewed = std::max(holding->renewed, *sent);
+            continue;
+          }
+          // Not there. If a statement about the group crossed the renewal, that one knows better.
+          if (item.flying || holding->changes != item.changes) continue;
+          const std::int64_t slots = holders.forget(*holding);
+          holding->stated = 0;
+          report_lost(item.group, item.holder, slots);
+          if (Holding* still = holders.find(item.group)) holders.tidy(*still);
+        }
+      });
 }
 
 // --- what groups that went quiet left behind ---------------------------------------------------
@@ -157,84 +148,54 @@ void PgLimitStore::renew(Holders& holders, std::vector<Holding*> due) {
 void PgLimitStore::purge() {
   if (closing_ || clock_.now() < purge_at_) return;
   purge_at_ = clock_.now() + kPurgePause / 2 + static_cast<Nanos>(random_() % 1'000) * (kPurgePause / 1'000);
-  backend_.pool().get([this, alive = alive_](Result<PgPool::Lease> got) {
-    if (!*alive || !got.ok()) return;
-    const LimitSql& sql = backend_.limit_sql();
-    const PgPool::Lease connection = got.value();
-    std::vector<Call> calls;
-    for (const Statement* statement : {&sql.purge_log, &sql.purge_windows, &sql.purge_waiters})
-      if (!statement->sql.empty()) calls.push_back({statement, {Param::text(std::to_string(kPurgeAtOnce))}});
-    if (calls.empty()) return backend_.pool().put(connection);
-    count(calls, 0);
-    connection->run(std::move(calls), [this, connection, alive](PipelineResult result) {
-      if (!*alive) return;
-      backend_.pool().put(connection);
-      if (!result.status.ok()) return;  // the next one tries again
-      for (const RowsPtr& rows : result.results)
-        if (rows->integer(0, 0) >= kPurgeAtOnce) purge_at_ = clock_.now();  // there is more
-    });
-  });
+  errand(
+      0,
+      [this] {
+        const LimitSql& sql = backend_.limit_sql();
+        std::vector<Call> calls;
+        for (const Statement* statement : {&sql.purge_log, &sql.purge_windows, &sql.purge_waiters})
+          if (!statement->sql.empty())
+            calls.push_back({statement, {Param::text(std::to_string(kPurgeAtOnce))}});
+        return calls;
+      },
+      [this](const PipelineResult& result) {
+        if (!result.status.ok()) return;  // the next one tries again
+        for (const RowsPtr& rows : result.results)
+          if (rows->integer(0, 0) >= kPurgeAtOnce) purge_at_ = clock_.now();  // there is more
+      });
 }
 
 // --- the end ------------------------------------------------------------------------------------
 
 void PgLimitStore::close(Nanos patience, std::function<void()> done) {
-  closing_ = true;
   listener_.close();
   timer_->cancel();
-  closed_ = std::move(done);
-  timer_->expires_after(std::chrono::nanoseconds(patience));
-  timer_->async_wait([this, alive = alive_](const asio::error_code& error) {
-    if (*alive && !error && closed_) std::exchange(closed_, nullptr)();
-  });
-  const Status closed = Status::make(Code::closed, "the store was closed");
-  for (const auto& lane : lanes_)
-    for (QueuedOp& op : lane->batcher.close()) {
-      tickets_.erase(op.all ? static_cast<const void*>(op.all) : op.acquire);
-      fail(op, closed);
-    }
-  for (const auto& lane : retired_)
-    for (QueuedOp& op : std::exchange(lane->held, {})) fail(op, closed);
-  maybe_closed();
+  shut(patience, std::move(done));
 }
 
-void PgLimitStore::maybe_closed() {
-  if (!closing_ || trips_ > 0 || !closed_) return;
-  // Once: from here on nothing is queued any more.
-  ++trips_;
-  flush_slots(*lanes_[(lanes_.size() - 2) / 3], [this] {
-    flush_slots(*lanes_.back(), [this] {
-      timer_->cancel();
-      if (closed_) std::exchange(closed_, nullptr)();
-    });
-  });
+void PgLimitStore::farewell(std::function<void()> done) {
+  flush_slots(lanes_per_kind_, [this, done = std::move(done)] { flush_slots(lanes_.size() - 1, done); });
 }
 
 // Slots that were given back too late for a trip of their own.
-void PgLimitStore::flush_slots(Lane& lane, std::function<void()> done) {
+void PgLimitStore::flush_slots(std::size_t place, std::function<void()> done) {
   Layer layer;
-  for (auto& [id, holding] : holders_of(lane))
+  for (auto& [id, holding] : holders_of(*lanes_[place]))
     if (!holding.in_step() && layer.size() < kRenewAtOnce)
       layer.push_back(Run{holding.group, 1, kForever, false, {}, -1, layer.size()});
-  if (layer.empty() || backend_.pool().down()) return done();
+  if (layer.empty() || pool_.down()) return done();
   std::sort(layer.begin(), layer.end(), [](const Run& a, const Run& b) { return a.id() < b.id(); });
-  backend_.pool().get([this, &lane, layer = std::move(layer), done = std::move(done),
-                       alive = alive_](Result<PgPool::Lease> got) {
-    if (!*alive) return;
-    if (!got.ok()) return done();
-    auto trip = std::make_shared<Trip>(lane, OpBatcher::Batch{}, got.value());
-    std::vector<std::string_view> groups;
-    for (const Run& run : layer) groups.push_back(run.id());
-    std::vector<Call> calls;
-    calls.push_back({&backend_.limit_sql().lock, {Param::text(array_of_text(groups))}});
-    calls.push_back(decide_call(*trip, layer));
-    count(calls, layer.size());
-    trip->connection->run(std::move(calls), [this, trip, done, alive](const PipelineResult&) {
-      if (!*alive) return;
-      backend_.pool().put(std::exchange(trip->connection, nullptr));
-      done();
-    });
-  });
+  errand(
+      layer.size(),
+      [this, place, layer]() -> std::vector<Call> {
+        LimitTrip trip(lanes_[place], {}, nullptr);
+        std::vector<std::string_view> groups;
+        for (const Run& run : layer) groups.push_back(run.id());
+        return {{&backend_.limit_sql().lock, {Param::text(array_of_text(groups))}}, decide_call(trip, layer)};
+      },
+      [alive = alive_, done = std::move(done)](const PipelineResult&) {
+        if (*alive) done();
+      });
 }
 
 }  // namespace ratesync::postgres

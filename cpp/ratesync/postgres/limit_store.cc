@@ -16,6 +16,8 @@ using store::GroupRef;
 
 namespace {
 
+// A connection is given back after so many trips, so that others get their turn.
+constexpr unsigned kTripsInARow = 16;
 constexpr std::size_t kGroupCharacters = 255;  // VARCHAR(255)
 
 Status check_group(const std::string& id) {
@@ -68,16 +70,16 @@ store::Listing read_listing(const PipelineResult& result, std::size_t limit) {
 
 PgLimitStore::PgLimitStore(asio::io_context& io, const Clock& clock, LimitBackend& backend,
                            LimitStoreOptions options)
-    : io_(io),
-      clock_(clock),
+    : Lanes(io, clock, backend.pool(),
+            {.queue = {options.max_batch, options.max_queue, 1}, .trips_in_a_row = kTripsInARow}),
       backend_(backend),
       options_(std::move(options)),
+      lanes_per_kind_(std::max<std::size_t>(options_.lanes, 1)),
       holders_((static_cast<std::uint64_t>(std::random_device{}()) << 32) ^ std::random_device{}()),
       holders_together_((static_cast<std::uint64_t>(std::random_device{}()) << 32) ^ std::random_device{}()),
       me_(static_cast<std::int64_t>(
           ((static_cast<std::uint64_t>(std::random_device{}()) << 31) ^ std::random_device{}()) >> 1)),
       timer_(std::make_unique<asio::steady_timer>(io)),
-      random_(std::random_device{}()),
       listener_(
           io, clock, options_.listen, options_.connection, options_.channel + std::to_string(me_),
           {[this](const std::string& group) {
@@ -85,37 +87,34 @@ PgLimitStore::PgLimitStore(asio::io_context& io, const Clock& clock, LimitBacken
            },
            [this] { ask_everybody(); },
            [this](const std::string& channel, const std::string& payload) { probe(channel, payload); }}) {
-  const std::size_t count = std::max<std::size_t>(options_.lanes, 1);
   for (const Kind kind : {Kind::rates, Kind::slots, Kind::windows})
-    for (std::size_t i = 0; i < count; ++i)
-      lanes_.push_back(
-          std::make_unique<Lane>(batch::BatcherOptions{options_.max_batch, options_.max_queue, 1}, kind));
-  for (const Kind kind : {Kind::together, Kind::together_slots})
-    lanes_.push_back(
-        std::make_unique<Lane>(batch::BatcherOptions{options_.max_batch, options_.max_queue, 1}, kind));
+    for (std::size_t i = 0; i < lanes_per_kind_; ++i) add_lane(static_cast<unsigned>(kind));
+  for (const Kind kind : {Kind::together, Kind::together_slots}) add_lane(static_cast<unsigned>(kind));
 }
 
 PgLimitStore::~PgLimitStore() { *alive_ = false; }
 
 // --- queueing -----------------------------------------------------------------------------------
 
-PgLimitStore::Lane& PgLimitStore::lane_of(const GroupRef& group) {
-  const std::size_t count = (lanes_.size() - 2) / 3;
-  const std::size_t hash = std::hash<std::string>{}(group->id);
-  const Kind kind = group->params.has_concurrency() ? Kind::slots
-                    : group->params.is_window()     ? Kind::windows
-                                                    : Kind::rates;
-  return *lanes_[static_cast<std::size_t>(kind) * count + hash % count];
+std::size_t PgLimitStore::place_of(const QueuedOp& op) const {
+  if (op.together) return lanes_.size() - 1;
+  if (op.all) {
+    const auto& parts = op.all->parts;
+    const bool slots = std::any_of(parts.begin(), parts.end(), [](const store::Part& part) {
+      return part.group->params.has_concurrency();
+    });
+    return lanes_.size() - (slots ? 1 : 2);
+  }
+  const limits::Params& params = op.group->params;
+  const Kind kind = params.has_concurrency() ? Kind::slots : params.is_window() ? Kind::windows : Kind::rates;
+  return static_cast<std::size_t>(kind) * lanes_per_kind_ +
+         std::hash<std::string>{}(op.group->id) % lanes_per_kind_;
 }
 
-PgLimitStore::Lane& PgLimitStore::lane_of(const QueuedOp& op) {
-  if (op.together) return *lanes_.back();
-  if (!op.all) return lane_of(op.group);
-  const auto& parts = op.all->parts;
-  const bool slots = std::any_of(parts.begin(), parts.end(), [](const store::Part& part) {
-    return part.group->params.has_concurrency();
-  });
-  return **(lanes_.end() - (slots ? 1 : 2));
+void PgLimitStore::each_key(const QueuedOp& op, const std::function<void(std::size_t)>& visit) const {
+  const std::hash<std::string> hash;
+  if (!op.all) return visit(hash(op.group->id));
+  for (const store::Part& part : op.all->parts) visit(hash(part.group->id));
 }
 
 Holders& PgLimitStore::holders_of(const Holding& holding) {
@@ -154,28 +153,25 @@ void PgLimitStore::fail(QueuedOp& op, const Status& status) {
 void PgLimitStore::push(QueuedOp op) {
   if (op.group)
     if (Status bad = check_group(op.group->id); !bad.ok()) return fail(op, bad);
-  if (!retired_.empty() && held_back(op)) return;
-  Lane& lane = lane_of(op);
-  const void* const acquire = op.all ? static_cast<const void*>(op.all) : op.acquire;
-  const Result<batch::Ticket> ticket = lane.batcher.push(std::move(op), 0);
-  if (!ticket.ok()) return fail(op, ticket.status());  // refused: op is still ours
-  if (acquire) tickets_[acquire] = ticket.value();
-  if (lane.busy) return watch_later();
-  pump(lane);
+  const Status entered = enter(place_of(op), op);
+  if (!entered.ok()) fail(op, entered);  // refused: op is still ours
+}
+
+void PgLimitStore::fail_all(const OpList& ops, const Status& status) {
+  for (QueuedOp* op : ops) fail(*op, status);
+}
+
+void PgLimitStore::lend(PgPool::OnLease use) {
+  backend_.when_ready([this, use = std::move(use), alive = alive_](Status status) {
+    if (!*alive || !status.ok()) return use(status.ok() ? closed_status() : std::move(status));
+    pool_.get(use);
+  });
 }
 
 void PgLimitStore::acquire(AcquireOp* op) {
   QueuedOp queued{QueuedOp::Kind::acquire, false, op->group, op, nullptr};
   if (Status bad = check_cost(*op->group, op->cost); !bad.ok()) return fail(queued, bad);
   push(std::move(queued));
-}
-
-bool PgLimitStore::abandon(AcquireOp* op) {
-  const auto found = tickets_.find(op);
-  if (found == tickets_.end()) return take_back(op);
-  const bool ours = lane_of(op->group).batcher.cancel(found->second).has_value();
-  tickets_.erase(found);
-  return ours;
 }
 
 void PgLimitStore::acquire_all(store::AcquireAllOp* op) {
@@ -190,15 +186,8 @@ void PgLimitStore::acquire_all(store::AcquireAllOp* op) {
   push(std::move(queued));
 }
 
-bool PgLimitStore::abandon(store::AcquireAllOp* op) {
-  const auto found = tickets_.find(op);
-  if (found == tickets_.end()) return take_back(op);
-  QueuedOp queued;
-  queued.all = op;
-  const bool ours = lane_of(queued).batcher.cancel(found->second).has_value();
-  tickets_.erase(found);
-  return ours;
-}
+bool PgLimitStore::abandon(AcquireOp* op) { return take_back(op).has_value(); }
+bool PgLimitStore::abandon(store::AcquireAllOp* op) { return take_back(op).has_value(); }
 
 std::int64_t PgLimitStore::refund(const GroupRef& group, std::int64_t cost, std::int64_t stamp) {
   if (!group->params.has_rate()) return stamp;
@@ -229,87 +218,23 @@ void PgLimitStore::reset(const GroupRef& group, store::Callback<store::Unit> don
   push(QueuedOp{QueuedOp::Kind::reset, false, group, nullptr, std::move(side)});
 }
 
-void PgLimitStore::pump(Lane& lane) {
-  if (lane.busy || lane.batcher.queued() == 0) return;
-  lane.busy = true;
-  ++trips_;
-  backend_.when_ready([this, &lane, alive = alive_](Status status) {
-    if (!*alive) return;
-    if (!status.ok()) return take_off(lane, std::move(status));
-    backend_.pool().get([this, &lane, alive](Result<PgPool::Lease> connection) {
-      if (*alive) take_off(lane, std::move(connection));
-    });
-  });
-}
-
-void PgLimitStore::fail_queued(Lane& lane, const Status& status) {
-  // Only what is queued now: a caller that asks again from inside done() starts a new attempt.
-  std::size_t left = lane.batcher.queued();
-  while (left > 0) {
-    auto batch = lane.batcher.take();
-    if (!batch) break;
-    left -= std::min(left, batch->ops.size());
-    for (QueuedOp& op : batch->ops) tickets_.erase(op.all ? static_cast<const void*>(op.all) : op.acquire);
-    lane.batcher.finished(batch->id);
-    for (QueuedOp& op : batch->ops) fail(op, status);
-  }
-}
-
-void PgLimitStore::take_off(Lane& lane, Result<PgPool::Lease> connection) {
-  if (!connection.ok()) {
-    fail_queued(lane, connection.status());
-    lane.busy = false;
-    --trips_;
-    pump(lane);
-    return maybe_closed();
-  }
-  auto batch = lane.batcher.take();
-  if (!batch) {  // all of it was abandoned meanwhile
-    backend_.pool().put(std::move(connection.value()));
-    lane.busy = false;
-    --trips_;
-    return maybe_closed();
-  }
-  begin_trip(lane, std::move(*batch), std::move(connection.value()), 1);
-}
-
-void PgLimitStore::count(const std::vector<Call>& calls, std::size_t ops) {
-  ++stats_.round_trips;
-  stats_.statements += calls.size();
-  stats_.batched_ops += ops;
-}
-
-void PgLimitStore::fill(store::Stats& stats) const {
-  stats.round_trips += stats_.round_trips;
-  stats.statements += stats_.statements;
-  stats.batched_ops += stats_.batched_ops;
-  stats.conflicts += stats_.conflicts;
-  stats.leases_lost += stats_.leases_lost;
-}
-
 // --- listing ------------------------------------------------------------------------------------
 
 void PgLimitStore::list(std::size_t limit, store::Callback<store::Listing> done) {
   limit = std::clamp<std::size_t>(limit, 1, 100'000);
-  backend_.when_ready([this, limit, done = std::move(done), alive = alive_](Status status) mutable {
-    if (!*alive || !status.ok()) return done(std::move(status));
-    backend_.pool().get([this, limit, done = std::move(done), alive](Result<PgPool::Lease> got) mutable {
-      if (!*alive || !got.ok()) return done(got.status());
-      const LimitSql& sql = backend_.limit_sql();
-      std::vector<Call> calls;
-      for (const Statement* statement : {&sql.list_groups, &sql.list_holders})
-        if (!statement->sql.empty()) calls.push_back({statement, {Param::text(std::to_string(limit + 1))}});
-      count(calls, 1);
-      PgPool::Lease connection = got.value();
-      connection->run(std::move(calls),
-                      [this, limit, done = std::move(done), alive, connection](PipelineResult result) {
-                        if (!*alive) return done(Status::make(Code::closed, "the store was closed"));
-                        backend_.pool().put(connection);
-                        if (!result.status.ok()) return done(backend_.explain(result));
-                        done(read_listing(result, limit));
-                      });
-    });
-  });
+  errand(
+      1,
+      [this, limit] {
+        const LimitSql& sql = backend_.limit_sql();
+        std::vector<Call> calls;
+        for (const Statement* statement : {&sql.list_groups, &sql.list_holders})
+          if (!statement->sql.empty()) calls.push_back({statement, {Param::text(std::to_string(limit + 1))}});
+        return calls;
+      },
+      [limit, done = std::move(done)](const PipelineResult& result) {
+        if (!result.status.ok()) return done(result.status);
+        done(read_listing(result, limit));
+      });
 }
 
 void PgLimitStore::on_lost(std::function<void(const std::string&, store::HolderId)> listener) {

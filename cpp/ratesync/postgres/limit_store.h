@@ -10,14 +10,12 @@
 #include <asio/io_context.hpp>
 #include <asio/steady_timer.hpp>
 #include <memory>
-#include <random>
 #include <string>
 #include <unordered_map>
-#include <unordered_set>
 #include <vector>
 
 #include "ratesync/base/clock.h"
-#include "ratesync/batch/batcher.h"
+#include "ratesync/postgres/lanes.h"
 #include "ratesync/postgres/limit_plan.h"
 #include "ratesync/postgres/limit_sql.h"
 #include "ratesync/postgres/listener.h"
@@ -46,6 +44,7 @@ class LimitBackend {
 };
 
 struct Dealt;
+struct LimitTrip;
 
 struct LimitStoreOptions {
   enum class Durability {
@@ -62,7 +61,7 @@ struct LimitStoreOptions {
   std::string channel;              // prefix of the channels of this table's processes
 };
 
-class PgLimitStore final : public store::LimitStore {
+class PgLimitStore final : public store::LimitStore, private Lanes<QueuedOp, LimitTrip> {
  public:
   PgLimitStore(asio::io_context& io, const Clock& clock, LimitBackend& backend, LimitStoreOptions options);
   ~PgLimitStore() override;
@@ -89,68 +88,53 @@ class PgLimitStore final : public store::LimitStore {
   // Fails what is queued with Code::closed, lets trips under way end, then tells the server about
   // slots given back, as far as that takes no longer than `patience`.
   void close(Nanos patience, std::function<void()> done);
-  void fill(store::Stats& stats) const;
+  void fill(store::Stats& stats) const { add_to(stats); }
 
  private:
-  using OpBatcher = batch::Batcher<QueuedOp>;
-  // Several limits at once have lanes of their own too, and hold their slots under ids of their own: two
-  // statements under way never speak of the same lease.
+  using OpLane = Lane<QueuedOp>;
+  // Kinds of lanes. Several limits at once have lanes of their own too, and hold their slots under ids of
+  // their own: two statements under way never speak of the same lease.
   enum class Kind : std::uint8_t { rates, slots, windows, together, together_slots };
-  struct Trip;
-  struct Lane {
-    Lane(const batch::BatcherOptions& options, Kind its_kind) : batcher(options), kind(its_kind) {}
-    [[nodiscard]] bool slots() const { return kind == Kind::slots || kind == Kind::together_slots; }
-    [[nodiscard]] bool together() const { return kind == Kind::together || kind == Kind::together_slots; }
-    OpBatcher batcher;
-    const Kind kind;
-    bool busy = false;  // a trip is under way or waits for its connection
-    std::weak_ptr<Trip> trip;
-    // Once retired (limit_detour.cc):
-    std::size_t place = 0;
-    std::unordered_set<std::string> aboard;  // groups of the trip that does not come back
-    std::vector<QueuedOp> held;              // operations of those groups, in order
-  };
-  using TripPtr = std::shared_ptr<Trip>;
+  static Kind kind_of(const OpLane& lane) { return static_cast<Kind>(lane.kind); }
+  static bool has_slots(const OpLane& lane) {
+    return kind_of(lane) == Kind::slots || kind_of(lane) == Kind::together_slots;
+  }
+  static bool is_together(const OpLane& lane) { return kind_of(lane) >= Kind::together; }
 
-  Lane& lane_of(const store::GroupRef& group);
-  Lane& lane_of(const QueuedOp& op);
-  Holders& holders_of(const Lane& lane) { return lane.together() ? holders_together_ : holders_; }
+  std::size_t place_of(const QueuedOp& op) const;
+  Holders& holders_of(const OpLane& lane) { return is_together(lane) ? holders_together_ : holders_; }
   Holders& holders_of(const Holding& holding);
   void push(QueuedOp op);
   void fail(QueuedOp& op, const Status& status);
-  void watch_later();
-  void watch();
-  void retire(std::size_t place);
-  bool held_back(QueuedOp& op);
-  bool take_back(const void* op);
-  void back_from(Lane& lane);
-  void pump(Lane& lane);
-  void take_off(Lane& lane, Result<PgPool::Lease> connection);
-  void fail_queued(Lane& lane, const Status& status);
+
+  // Of Lanes
+  const void* handle(const QueuedOp& op) const override {
+    return op.all ? static_cast<const void*>(op.all) : op.acquire;
+  }
+  void each_key(const QueuedOp& op, const std::function<void(std::size_t)>& visit) const override;
+  void fail_all(const OpList& ops, const Status& status) override;
+  void lend(PgPool::OnLease use) override;
+  Status explain(const PipelineResult& result) override { return backend_.explain(result); }
+  void start_round(const TripPtr& trip) override;
+  void answered(const TripPtr& trip, PipelineResult result) override;
+  void farewell(std::function<void()> done) override;
 
   // A trip goes in rounds: what was refused for the patience of another, lost the race for a first
   // insert, or did not fit, is asked again before the lane takes new operations.
-  void begin_trip(Lane& lane, OpBatcher::Batch batch, PgPool::Lease connection, unsigned in_a_row);
-  void start_round(const TripPtr& trip);
-  void drop_needless_restatements(Lane& lane, OpList& pending);
+  void drop_needless_restatements(const OpLane& lane, OpList& pending);
   void refuse_windows(OpList& pending);
-  std::vector<Call> build_calls(Trip& trip);
+  std::vector<Call> build_calls(LimitTrip& trip);
   void add_unwaits(const OpList& unwaits, std::vector<Call>& calls);
   void add_adjustments(const TripPlan& plan, std::vector<Call>& calls);
-  Call decide_call(Trip& trip, const Layer& layer);
-  void answered(TripPtr trip, PipelineResult result);
-  void deal_layer(Trip& trip, const Layer& layer, const Rows& rows, Dealt& dealt);
-  RunAnswer read_answer(Trip& trip, const Run& run, Holding* holding, const Rows& rows, int row,
+  Call decide_call(LimitTrip& trip, const Layer& layer);
+  void deal_layer(LimitTrip& trip, const Layer& layer, const Rows& rows, Dealt& dealt);
+  RunAnswer read_answer(LimitTrip& trip, const Run& run, Holding* holding, const Rows& rows, int row,
                         Dealt& dealt);
-  void deal_together(Trip& trip, std::size_t layer, const Rows& rows, Dealt& dealt);
-  void deal_peeks(Trip& trip, const PipelineResult& result, Dealt& dealt);
-  void deal_sides(Trip& trip, Dealt& dealt);
+  void deal_together(LimitTrip& trip, std::size_t layer, const Rows& rows, Dealt& dealt);
+  void deal_peeks(LimitTrip& trip, const PipelineResult& result, Dealt& dealt);
+  void deal_sides(LimitTrip& trip, Dealt& dealt);
   void failed(const TripPtr& trip, const PipelineResult& result);
-  void retry_later(const TripPtr& trip);
-  void put_back(Trip& trip, bool in_doubt);
-  void fail_ops(const OpList& ops, const Status& status);
-  void reconnect(const TripPtr& trip);
-  void land(const TripPtr& trip);
+  void put_back(LimitTrip& trip, bool in_doubt);
 
   void in_step(Holding& holding);  // queues a restatement where one is needed
   void report_lost(const std::string& group, store::HolderId holder, std::int64_t slots);
@@ -162,21 +146,14 @@ class PgLimitStore final : public store::LimitStore {
   void remember(const store::GroupRef& group, bool waits);
   void ask_everybody();
   void probe(const std::string& channel, const std::string& payload);
-  void flush_slots(Lane& lane, std::function<void()> done);
-  void maybe_closed();
+  void flush_slots(std::size_t place, std::function<void()> done);
   [[nodiscard]] bool leases() const { return !backend_.limit_sql().renew.sql.empty(); }
   [[nodiscard]] bool waiters() const;
   [[nodiscard]] bool windows() const { return !backend_.limit_sql().windows.sql.empty(); }
-  void count(const std::vector<Call>& calls, std::size_t ops);
 
-  asio::io_context& io_;
-  const Clock& clock_;
   LimitBackend& backend_;
   const LimitStoreOptions options_;
-  std::vector<std::unique_ptr<Lane>> lanes_;  // by kind
-  std::vector<std::unique_ptr<Lane>> retired_;
-  bool watching_ = false;
-  std::unordered_map<const void*, batch::Ticket> tickets_;  // of AcquireOp and AcquireAllOp
+  const std::size_t lanes_per_kind_;  // of rates, slots and windows; then one of each of the others
   Holders holders_;
   Holders holders_together_;
   std::function<void(const std::string&, store::HolderId)> lost_;
@@ -186,13 +163,7 @@ class PgLimitStore final : public store::LimitStore {
   std::unique_ptr<asio::steady_timer> timer_;
   Nanos armed_ = kForever;
   Nanos purge_at_ = 0;
-  std::minstd_rand random_;
-  store::Stats stats_;
-  std::size_t trips_ = 0;
-  bool closing_ = false;
-  std::function<void()> closed_;
   Listener listener_;
-  std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
 };
 
 }  // namespace ratesync::postgres

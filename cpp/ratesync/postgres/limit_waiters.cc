@@ -32,7 +32,7 @@ void PgLimitStore::ask_everybody() {
 }
 
 void PgLimitStore::probe(const std::string& channel, const std::string& payload) {
-  notify(backend_.pool(), alive_, channel, payload);
+  notify(pool_, alive_, channel, payload);
 }
 
 void PgLimitStore::add_unwaits(const OpList& unwaits, std::vector<Call>& calls) {

@@ -14,7 +14,7 @@ using Outcome = store::LockReply::Outcome;
 
 namespace {
 
-constexpr unsigned kReconnects = 7;  // while the server can be reached at all
+constexpr unsigned kReconnects = 8;  // while the server can be reached at all
 constexpr unsigned kLostRaces = 20;
 // After a lost answer: pauses between attempts to reach the server, and the end where there is no deadline.
 constexpr Nanos kDoubtPause = kSecond / 4;
@@ -24,32 +24,12 @@ const Statement kLazyCommit{"ratesync_lazy_commit", "SELECT set_config('synchron
 
 }  // namespace
 
-void PgLockStore::begin_trip(Lane& lane, ItemBatcher::Batch batch, PgPool::Lease connection,
-                             unsigned in_a_row) {
-  auto trip = std::make_shared<Trip>(lane, std::move(batch), std::move(connection));
-  trip->trips_in_a_row = in_a_row;
-  trip->began = clock_.now();
-  trip->pending.reserve(trip->batch.ops.size());
-  for (LockItem& item : trip->batch.ops) {
-    tickets_.erase(item.op);
-    trip->pending.push_back(&item);
-  }
-  start_round(trip);
-}
-
 void PgLockStore::start_round(const TripPtr& trip) {
-  while (trip->pending.empty()) {
-    if (trip->parked.empty()) return land(trip);
-    trip->pending = std::move(trip->parked.back());
-    trip->parked.pop_back();
-  }
+  if (!trip->more()) return land(trip);
   if (!trip->connection || !trip->connection->open()) return reconnect(trip);
   trip->round = plan_locks(trip->pending, !sql().queue.sql.empty());
   std::vector<Call> calls = build_calls(*trip);
-  count(calls, trip->pending.size() - trip->round.later.size());
-  trip->connection->run(std::move(calls), [this, trip, alive = alive_](PipelineResult result) {
-    if (*alive) answered(trip, std::move(result));
-  });
+  run(trip, std::move(calls), trip->pending.size() - trip->round.later.size());
 }
 
 namespace {
@@ -104,7 +84,7 @@ Call named_call(const Statement& statement, const LockItems& items, const std::s
 }  // namespace
 
 // What frees a lock comes before what takes one, and whom to tell comes last: see kNotify.
-std::vector<Call> PgLockStore::build_calls(Trip& trip) {
+std::vector<Call> PgLockStore::build_calls(LockTrip& trip) {
   const LockSql& sql = this->sql();
   const LockRound& round = trip.round;
   const std::string me = std::to_string(me_);
@@ -143,7 +123,7 @@ std::vector<Call> PgLockStore::build_calls(Trip& trip) {
 
 // --- answers ------------------------------------------------------------------------------------
 
-void PgLockStore::deal_keeps(Trip& trip, const Rows& rows, Dealt& dealt) {
+void PgLockStore::deal_keeps(LockTrip& trip, const Rows& rows, Dealt& dealt) {
   const LockItems& keeps = trip.round.keeps;
   for (LockItem* item : keeps) {
     item->op->reply = {};
@@ -159,7 +139,7 @@ void PgLockStore::deal_keeps(Trip& trip, const Rows& rows, Dealt& dealt) {
   }
 }
 
-void PgLockStore::deal_takes(Trip& trip, const Rows& rows, Dealt& dealt) {
+void PgLockStore::deal_takes(LockTrip& trip, const Rows& rows, Dealt& dealt) {
   std::unordered_map<std::int64_t, std::int64_t> tokens;
   for (int row = 0; row < rows.rows(); ++row) tokens[rows.integer(row, 0)] = rows.integer(row, 1);
   for (LockItem* item : trip.round.takes) {
@@ -208,6 +188,7 @@ void PgLockStore::answered(const TripPtr& trip, PipelineResult result) {
   if (!result.status.ok()) return failed(trip, result);
   trip->patience.renew();
   trip->lost_connections = 0;
+  purge();
   const LockRound& round = trip->round;
   Dealt dealt;
   if (!round.keeps.empty()) deal_keeps(*trip, *result.results[trip->keep_call], dealt);
@@ -248,7 +229,7 @@ void PgLockStore::failed(const TripPtr& trip, const PipelineResult& result) {
       trip->patience.lasts(status.sqlstate, clock_.now())) {
     ++stats_.conflicts;
     all_again();
-    return retry_later(trip, pause_after(trip->patience.refusals(), random_), &PgLockStore::start_round);
+    return retry_later(trip, trip->patience.refusals());
   }
   if (status.code == Code::unavailable && ++trip->lost_connections <= kReconnects) {
     all_again();
@@ -260,23 +241,15 @@ void PgLockStore::failed(const TripPtr& trip, const PipelineResult& result) {
     return reconnect(trip);
   }
   if (status.code == Code::server && is_row_fault(status.sqlstate) && asked.size() > 1) {
-    const auto middle = asked.begin() + static_cast<std::ptrdiff_t>(asked.size() / 2);
-    LockItems second(middle, asked.end());
-    second.insert(second.end(), later.begin(), later.end());
-    trip->parked.push_back(std::move(second));
-    trip->pending.assign(asked.begin(), middle);
+    trip->cut(asked, later);
     return start_round(trip);
   }
   trip->patience.renew();
   trip->lost_connections = 0;
   trip->pending = std::move(later);
-  const Status told = status.code == Code::server ? backend_.explain(Facet::locks, result) : status;
+  const Status told = status.code == Code::server ? explain(result) : status;
   start_round(trip);
-  fail_items(asked, told);
-}
-
-void PgLockStore::fail_items(const LockItems& items, const Status& status) {
-  for (LockItem* item : items) fail(*item, status);
+  fail_all(asked, told);
 }
 
 void PgLockStore::doubt(const LockItems& items) {
@@ -286,45 +259,24 @@ void PgLockStore::doubt(const LockItems& items) {
           std::min(item->op ? item->op->deadline : 0, saturating_add(clock_.now(), kDoubtEnd));
 }
 
-void PgLockStore::retry_later(const TripPtr& trip, Nanos pause, void (PgLockStore::*what)(const TripPtr&)) {
-  auto timer = std::make_shared<asio::steady_timer>(backend_.io());
-  timer->expires_after(std::chrono::nanoseconds(pause));
-  timer->async_wait([this, trip, timer, what, alive = alive_](const asio::error_code&) {
-    if (*alive) (this->*what)(trip);
-  });
-}
-
 // What was never sent fails with the reason; what is in doubt tries again until its time is over.
-void PgLockStore::reconnect(const TripPtr& trip) {
-  if (trip->connection) backend_.pool().put(std::exchange(trip->connection, nullptr));
-  backend_.pool().get([this, trip, alive = alive_](Result<PgPool::Lease> got) {
-    if (!*alive) return;
-    LockItems ops = std::exchange(trip->pending, {});
-    for (LockItems& more : std::exchange(trip->parked, {})) ops.insert(ops.end(), more.begin(), more.end());
-    const Nanos now = clock_.now();
-    LockItems over, never_sent;
-    for (LockItem* item : ops) {
-      LockItems& list = item->doubtful_until >= 0 && (item->doubtful_until <= now || closing_) ? over
-                        : item->doubtful_until < 0 && !got.ok()                                ? never_sent
-                                                                : trip->pending;
-      list.push_back(item);
-    }
-    if (got.ok()) {
-      trip->connection = std::move(got.value());
-      start_round(trip);
-    } else {
-      // Whoever waits behind this trip learns it, too.
-      fail_queued(trip->lane, got.status());
-      if (trip->pending.empty())
-        land(trip);
-      else
-        retry_later(trip, kDoubtPause, &PgLockStore::reconnect);
-      fail_items(never_sent, got.status());
-    }
-    fail_items(over, Status::make(Code::in_doubt,
-                                  "the connection was lost before the answer came, and the server could not "
-                                  "be asked again in time: executed or not"));
-  });
+void PgLockStore::reached(const TripPtr& trip, const Status& status) {
+  LockItems over, never_sent;
+  const Nanos now = clock_.now();
+  for (LockItem* item : trip->all()) {
+    LockItems& list = item->doubtful_until >= 0 && (item->doubtful_until <= now || closing_) ? over
+                      : item->doubtful_until < 0 && !status.ok()                             ? never_sent
+                                                                                             : trip->pending;
+    list.push_back(item);
+  }
+  if (status.ok() || trip->pending.empty())
+    start_round(trip);  // or lands
+  else
+    after(kDoubtPause, [this, trip] { reconnect(trip); });
+  fail_all(never_sent, status);
+  fail_all(over, Status::make(Code::in_doubt,
+                              "the connection was lost before the answer came, and the server could not "
+                              "be asked again in time: executed or not"));
 }
 
 }  // namespace ratesync::postgres

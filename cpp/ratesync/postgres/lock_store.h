@@ -15,8 +15,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "ratesync/batch/batcher.h"
-#include "ratesync/postgres/gather.h"
+#include "ratesync/postgres/lanes.h"
 #include "ratesync/postgres/listener.h"
 #include "ratesync/postgres/lock_plan.h"
 #include "ratesync/postgres/lock_sql.h"
@@ -25,7 +24,9 @@
 
 namespace ratesync::postgres {
 
-class PgLockStore final : public store::LockStore {
+struct LockTrip;
+
+class PgLockStore final : public store::LockStore, private Lanes<LockItem, LockTrip> {
  public:
   explicit PgLockStore(PrefixBackend& backend);
   ~PgLockStore() override;
@@ -44,56 +45,41 @@ class PgLockStore final : public store::LockStore {
   // Fails what is queued with Code::closed and lets trips under way end, for `patience` at most.
   void close(Nanos patience, std::function<void()> done);
   void abandon_after_fork() { listener_.abandon_after_fork(); }
-  void fill(store::Stats& stats) const;
+  void fill(store::Stats& stats) const { add_to(stats); }
 
  private:
-  using ItemBatcher = batch::Batcher<LockItem>;
-  struct Lane {
-    Lane(const batch::BatcherOptions& options, asio::io_context& io) : batcher(options), gather(io) {}
-    ItemBatcher batcher;
-    bool busy = false;  // a trip is under way or waits for its connection
-    Gather gather;
-  };
-  struct Trip;
-  using TripPtr = std::shared_ptr<Trip>;
-  struct Queued {
-    Lane* lane;
-    batch::Ticket ticket;
-  };
   // A place in line is kept for a while after the process was told how long the lease still runs.
   struct Place {
     Nanos until = 0;
   };
 
   // lock_store.cc: queueing
-  Lane& lane_of(const std::string& key);
   void push(LockItem item);
   void fail(LockItem& item, const Status& status);
-  void pump(Lane& lane);
-  void take_off(Lane& lane, Result<PgPool::Lease> connection);
-  void fail_queued(Lane& lane, const Status& status);
-  void watch(Nanos deadline);
+  void watch_deadline(Nanos deadline);
   void fail_overdue();
-  void land(const TripPtr& trip);
-  void maybe_closed();
   void purge();
   const LockSql& sql();
-  void count(const std::vector<Call>& calls, std::size_t ops);
+
+  // Of Lanes
+  const void* handle(const LockItem& item) const override { return item.op; }
+  void each_key(const LockItem& item, const std::function<void(std::size_t)>& visit) const override;
+  void fail_all(const LockItems& items, const Status& status) override;
+  void lend(PgPool::OnLease use) override { backend_.lend(Facet::locks, alive_, std::move(use)); }
+  Status explain(const PipelineResult& result) override { return backend_.explain(Facet::locks, result); }
+  void start_round(const TripPtr& trip) override;
+  void answered(const TripPtr& trip, PipelineResult result) override;
+  void reached(const TripPtr& trip, const Status& status) override;
+  void farewell(std::function<void()> done) override;
 
   // lock_deal.cc: rounds of a trip
   struct Dealt;
-  void begin_trip(Lane& lane, ItemBatcher::Batch batch, PgPool::Lease connection, unsigned in_a_row);
-  void start_round(const TripPtr& trip);
-  std::vector<Call> build_calls(Trip& trip);
-  void answered(const TripPtr& trip, PipelineResult result);
-  void deal_keeps(Trip& trip, const Rows& rows, Dealt& dealt);
-  void deal_takes(Trip& trip, const Rows& rows, Dealt& dealt);
+  std::vector<Call> build_calls(LockTrip& trip);
+  void deal_keeps(LockTrip& trip, const Rows& rows, Dealt& dealt);
+  void deal_takes(LockTrip& trip, const Rows& rows, Dealt& dealt);
   void deal_asked(const LockItems& items, const Rows& rows, bool queue, Dealt& dealt);
   void failed(const TripPtr& trip, const PipelineResult& result);
-  void fail_items(const LockItems& items, const Status& status);
   void doubt(const LockItems& items);
-  void reconnect(const TripPtr& trip);
-  void retry_later(const TripPtr& trip, Nanos pause, void (PgLockStore::*what)(const TripPtr&));
 
   // lock_waiters.cc
   void remember(const std::string& key, Nanos lease);
@@ -103,31 +89,22 @@ class PgLockStore final : public store::LockStore {
   void ask_everybody();
   void refresh_later();
   void refresh();
-  void leave_lines(std::function<void()> done);
 
   PrefixBackend& backend_;
-  const Clock& clock_;
-  std::vector<std::unique_ptr<Lane>> lanes_;
-  std::unordered_map<const store::LockOp*, Queued> tickets_;  // of what was not sent yet
   // Pipelines under way point into the statements, so older sets are kept.
   std::vector<std::unique_ptr<LockSql>> all_sql_;
   bool sql_waiters_ = false;
   std::function<void(const store::Space&, const std::string&)> freed_;
   std::unordered_map<std::string, Place> waiting_;  // by key: the server remembers us there
-  std::mt19937_64 random_;
+  std::mt19937_64 marks_;
   const std::int64_t me_;  // as a waiter
   const std::string channel_;
-  std::unique_ptr<asio::steady_timer> timer_, refresh_timer_, close_timer_;
+  std::unique_ptr<asio::steady_timer> timer_, refresh_timer_;
   Nanos watched_ = kForever;
   bool refreshing_ = false;
   Nanos purge_at_ = 0;
   std::string purge_from_;  // key
-  store::Stats stats_;
-  std::size_t trips_ = 0;
-  bool closing_ = false;
-  std::function<void()> closed_;
   Listener listener_;
-  std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
 };
 
 }  // namespace ratesync::postgres

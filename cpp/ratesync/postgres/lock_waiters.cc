@@ -13,15 +13,20 @@ store::Space space_of(const LockName& name) {
   return {std::string(name.name_space), std::string(name.tenant)};
 }
 
-// For lock_names(): places as items without an operation.
-std::vector<LockItem> items_of(const std::vector<std::string>& keys) {
+// A statement about places in line: of items without an operation.
+Call place_call(const Statement& statement, const std::vector<std::string>& keys, std::int64_t me,
+                std::string more = {}) {
   std::vector<LockItem> items(keys.size());
+  LockItems rows;
   for (std::size_t i = 0; i < keys.size(); ++i) {
-    items[i].kind = LockItem::Kind::unwait;
     items[i].key = keys[i];
     items[i].row = i;
+    rows.push_back(&items[i]);
   }
-  return items;
+  Call call{&statement, lock_names(rows)};
+  call.params.push_back(Param::text(std::to_string(me)));
+  if (!more.empty()) call.params.push_back(Param::text(std::move(more)));
+  return call;
 }
 
 }  // namespace
@@ -91,63 +96,38 @@ void PgLockStore::refresh() {
   for (const auto& [key, place] : waiting_)
     if (place.until > now) keys->push_back(key);
   std::sort(keys->begin(), keys->end());
-  backend_.pool().get([this, keys, alive = alive_](Result<PgPool::Lease> got) {
-    if (!*alive) return;
-    refreshing_ = false;
-    refresh_later();
-    if (!got.ok()) return;
-    if (closing_ || keys->empty() || sql().refresh.sql.empty())
-      return backend_.pool().put(std::move(got.value()));
-    std::vector<LockItem> items = items_of(*keys);
-    LockItems rows;
-    for (LockItem& item : items) rows.push_back(&item);
-    Call call{&sql().refresh, lock_names(rows)};
-    call.params.push_back(Param::text(std::to_string(me_)));
-    call.params.push_back(Param::text(std::to_string(kLockPlace / kMilli)));
-    std::vector<Call> calls;
-    calls.push_back(std::move(call));
-    count(calls, 0);
-    const PgPool::Lease connection = got.value();
-    connection->run(std::move(calls), [this, keys, connection, alive](PipelineResult result) {
-      if (!*alive) return;
-      backend_.pool().put(connection);
-      if (!result.status.ok()) return;
-      std::vector<bool> there(keys->size(), false);
-      for (int row = 0; row < result.results[0]->rows(); ++row)
-        there[static_cast<std::size_t>(result.results[0]->integer(row, 0) - 1)] = true;
-      // A place that is gone (the server crashed, another one was promoted): asking makes a new one.
-      for (std::size_t i = 0; i < keys->size(); ++i)
-        if (!there[i] && waiting_.contains((*keys)[i])) tell((*keys)[i]);
-    });
-  });
+  errand(
+      0,
+      [this, keys]() -> std::vector<Call> {
+        if (closing_ || keys->empty() || sql().refresh.sql.empty()) return {};
+        return {place_call(sql().refresh, *keys, me_, std::to_string(kLockPlace / kMilli))};
+      },
+      [this, keys, alive = alive_](const PipelineResult& result) {
+        if (!*alive) return;
+        refreshing_ = false;
+        refresh_later();
+        if (!result.status.ok()) return;
+        std::vector<bool> there(keys->size(), false);
+        for (int row = 0; row < result.results[0]->rows(); ++row)
+          there[static_cast<std::size_t>(result.results[0]->integer(row, 0) - 1)] = true;
+        // A place that is gone (the server crashed, another one was promoted): asking makes a new one.
+        for (std::size_t i = 0; i < keys->size(); ++i)
+          if (!there[i] && waiting_.contains((*keys)[i])) tell((*keys)[i]);
+      });
 }
 
-void PgLockStore::leave_lines(std::function<void()> done) {
-  if (waiting_.empty() || backend_.pool().down()) return done();
+// Leaves all lines.
+void PgLockStore::farewell(std::function<void()> done) {
+  if (waiting_.empty() || pool_.down()) return done();
   auto keys = std::make_shared<std::vector<std::string>>();
   for (const auto& [key, place] : waiting_) keys->push_back(key);
   std::sort(keys->begin(), keys->end());
-  backend_.pool().get([this, keys, done = std::move(done), alive = alive_](Result<PgPool::Lease> got) {
-    if (!*alive) return;
-    if (!got.ok()) return done();
-    std::vector<LockItem> items = items_of(*keys);
-    LockItems rows;
-    for (LockItem& item : items) rows.push_back(&item);
-    std::vector<Call> calls;
-    for (const Statement* statement : {&sql().unwait, &sql().notify}) {
-      Call call{statement, lock_names(rows)};
-      call.params.push_back(Param::text(std::to_string(me_)));
-      if (statement == &sql().notify) call.params.push_back(Param::text(channel_));
-      calls.push_back(std::move(call));
-    }
-    count(calls, rows.size());
-    const PgPool::Lease connection = got.value();
-    connection->run(std::move(calls), [this, connection, done, alive](const PipelineResult&) {
-      if (!*alive) return;
-      backend_.pool().put(connection);
-      done();
-    });
-  });
+  errand(
+      keys->size(),
+      [this, keys]() -> std::vector<Call> {
+        return {place_call(sql().unwait, *keys, me_), place_call(sql().notify, *keys, me_, channel_)};
+      },
+      [done = std::move(done)](const PipelineResult&) { done(); });
 }
 
 }  // namespace ratesync::postgres
