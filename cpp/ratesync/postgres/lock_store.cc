@@ -16,7 +16,7 @@ using store::LockOp;
 namespace {
 
 // Of a lane. A connection is given back after 16 trips, so that others get their turn.
-constexpr LaneRules kRules{.queue = {1'000, 100'000, 1}, .trips_in_a_row = 16, .gathers = true, .detours = 0};
+constexpr LaneRules kRules{.queue = {1'000, 100'000, 1}, .trips_in_a_row = 16, .gathers = true};
 constexpr Nanos kWatchStep = 20 * kMilli;  // overdue operations fail at most so much late
 // Released locks and expired ones stay for so long: while they lie there, a renewal still finds that nobody
 // took them, and no statement can be at work that is older than them (see kTake).

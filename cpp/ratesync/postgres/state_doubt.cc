@@ -147,7 +147,7 @@ void PgStateStore::doubt(const TripPtr& trip, StateItems items, const Status& st
   doubt->backend = trip->connection->backend();
   doubt->sent = trip->sent;
   doubt->since = clock_.now();
-  backend_.pool().put(std::exchange(trip->connection, nullptr));
+  give_back(*trip);
   ++stats_.conflicts;
   investigate(doubt);
 }
@@ -164,7 +164,7 @@ void PgStateStore::investigate(const DoubtPtr& doubt) {
   });
   if (doubt->items.empty()) return end_doubt(doubt, {}, {}, std::move(unknown));
   fail_all(unknown, doubt->status);
-  backend_.pool().get([this, doubt, alive = alive_](Result<PgPool::Lease> got) {
+  pool_.get([this, doubt, alive = alive_](Result<PgPool::Lease> got) {
     if (!*alive) return;
     if (!got.ok()) {
       if (got.status().code == Code::closed) return end_doubt(doubt, {}, {}, std::exchange(doubt->items, {}));
@@ -176,7 +176,7 @@ void PgStateStore::investigate(const DoubtPtr& doubt) {
 }
 
 void PgStateStore::doubt_later(const DoubtPtr& doubt) {
-  if (doubt->connection) backend_.pool().put(std::exchange(doubt->connection, nullptr));
+  if (doubt->connection) pool_.put(std::exchange(doubt->connection, nullptr));
   after(doubt->pause, [this, doubt] { investigate(doubt); });
   doubt->pause = std::min(2 * doubt->pause, kLongestPause);
 }

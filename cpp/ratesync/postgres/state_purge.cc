@@ -73,14 +73,6 @@ void PgStateStore::ask_for(const PurgePtr& purge, Call call, std::function<void(
   });
 }
 
-void PgStateStore::after(Nanos pause, std::function<void()> then) {
-  auto timer = std::make_shared<asio::steady_timer>(backend_.io());
-  timer->expires_after(std::chrono::nanoseconds(pause));
-  timer->async_wait([then = std::move(then), timer, alive = alive_](const asio::error_code&) {
-    if (*alive) then();
-  });
-}
-
 void PgStateStore::raise_floors(const PurgePtr& purge) {
   if (closing_) return end_purge(purge, Status::make(Code::closed, "the store was closed"));
   purge->limit = std::min(purge->left, kAtOnce);

@@ -16,8 +16,7 @@ using store::StateOp;
 
 namespace {
 
-constexpr std::size_t kMaxBatch = 1'000;
-constexpr std::size_t kMaxQueue = 100'000;  // per lane
+constexpr LaneRules kRules{.queue = {1'000, 100'000, 1}, .gathers = true};
 constexpr std::size_t kEnough = 16;
 constexpr std::size_t kNameBytes = 255;
 constexpr std::size_t kKeyBytes = 1'024;
@@ -71,15 +70,12 @@ Param behind(std::string prefix) {
 }  // namespace
 
 PgStateStore::PgStateStore(PrefixBackend& backend)
-    : backend_(backend),
-      clock_(backend.clock()),
+    : Lanes(backend.io(), backend.clock(), backend.pool(), kRules),
+      backend_(backend),
       sql_(make_state_sql(backend.names())),
       ordinary_lanes_(std::clamp<std::size_t>(backend.options().lanes, 1, 200)),
-      random_(std::random_device{}()),
-      close_timer_(std::make_unique<asio::steady_timer>(backend.io())),
       purge_timer_(std::make_unique<asio::steady_timer>(backend.io())) {
-  for (std::size_t i = 0; i < ordinary_lanes_ + 1; ++i)
-    lanes_.push_back(std::make_unique<Lane>(batch::BatcherOptions{kMaxBatch, kMaxQueue, 1}, backend.io()));
+  for (std::size_t i = 0; i < ordinary_lanes_ + 1; ++i) add_lane();
 }
 
 PgStateStore::~PgStateStore() { *alive_ = false; }
@@ -88,19 +84,6 @@ void PgStateStore::initialize(store::Callback<store::Unit> done) {
   backend_.when_ready(Facet::state, [done = std::move(done)](Status status) {
     status.ok() ? done(store::Unit{}) : done(std::move(status));
   });
-}
-
-void PgStateStore::count(const std::vector<Call>& calls, std::size_t ops) {
-  ++stats_.round_trips;
-  stats_.statements += calls.size();
-  stats_.batched_ops += ops;
-}
-
-void PgStateStore::fill(store::Stats& stats) const {
-  stats.round_trips += stats_.round_trips;
-  stats.statements += stats_.statements;
-  stats.batched_ops += stats_.batched_ops;
-  stats.conflicts += stats_.conflicts;
 }
 
 // --- queueing -----------------------------------------------------------------------------------
@@ -121,51 +104,53 @@ void PgStateStore::fail_all(const StateItems& items, const Status& status) {
   for (QueuedState* item : items) fail(*item, status);
 }
 
+void PgStateStore::each_key(const QueuedState& item, const std::function<void(std::size_t)>& visit) const {
+  if (item.op) return visit(item.bucket);
+  for (const StateOp* op : item.batch->ops) visit(store::bucket_of(*op->space, op->kind, op->key));
+}
+
 // Their keys were forgotten before, since a callback may submit again.
 void PgStateStore::deliver(const StateItems& items) {
   for (QueuedState* item : items) item->batch ? item->batch->done() : item->op->done();
 }
 
 void PgStateStore::push(QueuedState item) {
-  if (closing_) return fail(item, Status::make(Code::closed, "the store was closed"));
+  if (closing_) return fail(item, closed_status());
   arm_purge();
-  Lane& lane = lane_for(item);
-  const void* const op = item.batch ? static_cast<const void*>(item.batch) : item.op;
-  const QueuedState copy = item;
-  const Result<batch::Ticket> ticket = lane.batcher.push(std::move(item), 0);
-  if (!ticket.ok()) return fail(item, ticket.status());  // refused: the item is still ours
+  const std::size_t place = place_for(item);
+  QueuedState copy = item;
   each_slot(copy, [&](std::size_t slot) { ++(copy.wide ? wide_ : ordinary_)[slot]; });
-  tickets_[op] = {&lane, ticket.value()};
   ++inside_;
-  if (lane.busy && !copy.wide) watch_later();
-  pump(lane);
+  const Status entered = enter(place, item);
+  if (!entered.ok()) fail_all({&copy}, entered);
 }
 
-PgStateStore::Lane& PgStateStore::lane_for(const QueuedState& item) {
-  if (item.wide) return *lanes_.back();
+std::size_t PgStateStore::place_for(const QueuedState& item) {
+  if (item.wide) return ordinary_lanes_;
   const std::size_t slot = item.bucket % kSlots, ordinary = ordinary_lanes_;
-  if (ordinary_[slot] > 0) return *lanes_[lane_of_slot_[slot]];
+  if (ordinary_[slot] > 0) return lane_of_slot_[slot];
   // One that leaves next, until it has its share aboard; then where the fewest wait. Client and server work
   // at the same time on trips of about the same size.
   const std::size_t share = std::max<std::size_t>(kEnough, inside_ / ordinary);
   std::size_t best = 0;
   for (std::size_t i = 0; i < ordinary; ++i) {
-    const Lane& one = *lanes_[i];
-    if (!one.flying && one.batcher.queued() < share) {
+    const auto& one = *lanes_[i];
+    if (!one.flying && one.queue.queued() < share) {
       best = i;
       break;
     }
-    if (one.batcher.queued() < lanes_[best]->batcher.queued()) best = i;
+    if (one.queue.queued() < lanes_[best]->queue.queued()) best = i;
   }
-  if (overdue(*lanes_[best])) best = lane_that_moves().value_or(best);
+  for (std::size_t i = 0; i < ordinary && !moves(best); ++i)
+    if (moves(i)) best = i;
   lane_of_slot_[slot] = static_cast<std::uint8_t>(best);
-  return *lanes_[best];
+  return best;
 }
 
 void PgStateStore::forget(const QueuedState& item) {
   --inside_;
   each_slot(item, [&](std::size_t slot) { --(item.wide ? wide_ : ordinary_)[slot]; });
-  if (!item.wide && held_) poke();
+  if (!item.wide && !held_.empty()) poke();
 }
 
 void PgStateStore::submit(StateOp* op) {
@@ -196,82 +181,26 @@ void PgStateStore::submit(StateBatch* batch) {
   push(std::move(item));
 }
 
-bool PgStateStore::take_back(const void* op) {
-  const auto found = tickets_.find(op);
-  if (found == tickets_.end()) return false;
-  const std::optional<QueuedState> item = found->second.lane->batcher.cancel(found->second.ticket);
-  tickets_.erase(found);
+bool PgStateStore::abandon(StateOp* op) {
+  const std::optional<QueuedState> item = take_back(op);
   if (item) forget(*item);
   return item.has_value();
 }
 
-bool PgStateStore::abandon(StateOp* op) { return take_back(op); }
-bool PgStateStore::abandon(StateBatch* batch) { return take_back(batch); }
-
-void PgStateStore::pump(Lane& lane) {
-  if (lane.busy || lane.batcher.queued() == 0) return;
-  if (!closing_ && lane.gather.waits(lane.batcher.queued(), clock_.now(), [this, &lane, alive = alive_] {
-        if (*alive) pump(lane);
-      }))
-    return;
-  lane.busy = true;
-  ++trips_;
-  backend_.lend(Facet::state, alive_, [this, &lane, alive = alive_](Result<PgPool::Lease> connection) {
-    if (*alive) take_off(lane, std::move(connection));
-  });
-}
-
-void PgStateStore::take_off(Lane& lane, Result<PgPool::Lease> connection) {
-  if (!connection.ok()) {
-    fail_queued(lane, connection.status());
-    lane.busy = false;
-    --trips_;
-    pump(lane);
-    return maybe_closed();
-  }
-  auto batch = lane.batcher.take();
-  if (!batch) {  // all of it was abandoned meanwhile
-    backend_.pool().put(std::move(connection.value()));
-    lane.busy = false;
-    --trips_;
-    return maybe_closed();
-  }
-  begin_trip(lane, std::move(*batch), std::move(connection.value()));
-}
-
-void PgStateStore::fail_queued(Lane& lane, const Status& status) {
-  // Only what is queued now: a caller that asks again from inside done() starts a new attempt.
-  std::size_t left = lane.batcher.queued();
-  while (left > 0) {
-    auto batch = lane.batcher.take();
-    if (!batch) break;
-    StateItems items;
-    for (QueuedState& item : batch->ops) {
-      tickets_.erase(item.batch ? static_cast<const void*>(item.batch) : item.op);
-      items.push_back(&item);
-    }
-    left -= std::min(left, items.size());
-    lane.batcher.finished(batch->id);
-    fail_all(items, status);
-  }
+bool PgStateStore::abandon(StateBatch* batch) {
+  const std::optional<QueuedState> item = take_back(batch);
+  if (item) forget(*item);
+  return item.has_value();
 }
 
 // --- what is not batched ------------------------------------------------------------------------
 
 void PgStateStore::ask(Call call, std::size_t ops, store::Callback<RowsPtr> done) {
-  backend_.lend(
-      Facet::state, alive_,
-      [this, call = std::move(call), ops, done = std::move(done), alive = alive_](Result<PgPool::Lease> got) {
-        if (!got.ok()) return done(got.status());
-        std::vector<Call> calls{call};
-        count(calls, ops);
-        const PgPool::Lease connection = got.value();
-        connection->run(std::move(calls), [this, connection, done, alive](PipelineResult result) {
-          if (!*alive) return done(Status::make(Code::closed, "the store was closed"));
-          backend_.pool().put(connection);
-          if (!result.status.ok()) return done(backend_.explain(Facet::state, result));
-          done(std::move(result.results[0]));
-        });
+  errand(
+      ops, [call = std::move(call)] { return std::vector<Call>{call}; },
+      [done = std::move(done)](PipelineResult result) {
+        if (!result.status.ok()) return done(std::move(result.status));
+        done(std::move(result.results[0]));
       });
 }
 
@@ -324,26 +253,8 @@ void PgStateStore::claim_due(const store::SpaceRef& space, const std::string& ki
 // --- the end ------------------------------------------------------------------------------------
 
 void PgStateStore::close(Nanos patience, std::function<void()> done) {
-  closing_ = true;
   purge_timer_->cancel();
-  closed_ = std::move(done);
-  close_timer_->expires_after(std::chrono::nanoseconds(patience));
-  close_timer_->async_wait([this, alive = alive_](const asio::error_code& error) {
-    if (*alive && !error && closed_) std::exchange(closed_, nullptr)();
-  });
-  const Status closed = Status::make(Code::closed, "the store was closed");
-  for (const auto& lane : lanes_)
-    for (QueuedState& item : lane->batcher.close()) {
-      tickets_.erase(item.batch ? static_cast<const void*>(item.batch) : item.op);
-      fail_all({&item}, closed);
-    }
-  maybe_closed();
-}
-
-void PgStateStore::maybe_closed() {
-  if (!closing_ || trips_ > 0 || !closed_) return;
-  close_timer_->cancel();
-  std::exchange(closed_, nullptr)();
+  shut(patience, std::move(done));
 }
 
 }  // namespace ratesync::postgres

@@ -11,14 +11,10 @@
 #include <asio/steady_timer.hpp>
 #include <functional>
 #include <memory>
-#include <optional>
-#include <random>
 #include <string>
-#include <unordered_map>
 #include <vector>
 
-#include "ratesync/batch/batcher.h"
-#include "ratesync/postgres/gather.h"
+#include "ratesync/postgres/lanes.h"
 #include "ratesync/postgres/prefix_backend.h"
 #include "ratesync/postgres/state_plan.h"
 #include "ratesync/postgres/state_sql.h"
@@ -27,8 +23,9 @@
 namespace ratesync::postgres {
 
 struct StateDealt;
+struct StateTrip;
 
-class PgStateStore final : public store::StateStore {
+class PgStateStore final : public store::StateStore, private Lanes<QueuedState, StateTrip> {
  public:
   explicit PgStateStore(PrefixBackend& backend);
   ~PgStateStore() override;
@@ -48,70 +45,45 @@ class PgStateStore final : public store::StateStore {
   // Fails what is queued with Code::closed and lets trips under way end, for `patience` at most.
   void close(Nanos patience, std::function<void()> done);
   void abandon_after_fork() {}  // nothing but timers, which are leaked with the rest
-  void fill(store::Stats& stats) const;
+  void fill(store::Stats& stats) const { add_to(stats); }
 
  private:
-  using StateBatcher = batch::Batcher<QueuedState>;
-  struct Trip;
-  using TripPtr = std::shared_ptr<Trip>;
-  struct Lane {
-    Lane(const batch::BatcherOptions& options, asio::io_context& io) : batcher(options), gather(io) {}
-    StateBatcher batcher;
-    bool busy = false;    // a trip is under way, or waits for its connection or for other lanes
-    bool flying = false;  // a trip is under way: what comes now waits for the next
-    Nanos sent = 0;       // its latest round
-    std::weak_ptr<Trip> trip;
-    Gather gather;
-  };
-  struct Queued {
-    Lane* lane;
-    batch::Ticket ticket;
-  };
   static constexpr std::size_t kSlots = 4'096;
   struct Purge;
   using PurgePtr = std::shared_ptr<Purge>;
 
   // state_store.cc
   void push(QueuedState item);
-  Lane& lane_for(const QueuedState& item);
-  bool take_back(const void* op);
+  std::size_t place_for(const QueuedState& item);
   void forget(const QueuedState& item);  // it is answered, or given back: its keys are free
-  void fail(QueuedState& item, const Status& status);
-  void fail_all(const StateItems& items, const Status& status);
+  static void fail(QueuedState& item, const Status& status);
   void deliver(const StateItems& items);
-  void pump(Lane& lane);
-  void take_off(Lane& lane, Result<PgPool::Lease> connection);
-  void fail_queued(Lane& lane, const Status& status);
-  void count(const std::vector<Call>& calls, std::size_t ops);
-  void maybe_closed();
   // One statement outside of all trips, counted as carrying so many operations.
   void ask(Call call, std::size_t ops, store::Callback<RowsPtr> done);
 
+  // Of Lanes
+  const void* handle(const QueuedState& item) const override {
+    return item.batch ? static_cast<const void*>(item.batch) : item.op;
+  }
+  void each_key(const QueuedState& item, const std::function<void(std::size_t)>& visit) const override;
+  void fail_all(const StateItems& items, const Status& status) override;
+  void lend(PgPool::OnLease use) override { backend_.lend(Facet::state, alive_, std::move(use)); }
+  Status explain(const PipelineResult& result) override { return backend_.explain(Facet::state, result); }
+  void start_round(const TripPtr& trip) override;
+  void answered(const TripPtr& trip, PipelineResult result) override;
+
   // state_trip.cc
-  void begin_trip(Lane& lane, StateBatcher::Batch batch, PgPool::Lease connection);
-  void start_round(const TripPtr& trip);
   template <class Visit>
   static void each_slot(const QueuedState& item, Visit visit) {
     if (item.op) return visit(item.bucket % kSlots);
     for (const store::StateOp* op : item.batch->ops)
       visit(store::bucket_of(*op->space, op->kind, op->key) % kSlots);
   }
-  void hold_back(Trip& trip);
+  void hold_back(StateTrip& trip);
   void poke();
-  void answered(const TripPtr& trip, PipelineResult result);
-  void refused(Trip& trip, const StateStage& stage, const PipelineResult::Part& part, StateDealt& dealt,
+  void refused(StateTrip& trip, const StateStage& stage, const PipelineResult::Part& part, StateDealt& dealt,
                std::vector<std::pair<StateItems, Status>>& failed);
   void not_sent(const TripPtr& trip, const Status& status);
-  void retry_later(const TripPtr& trip);
-  void reconnect(const TripPtr& trip);
-  void land(const TripPtr& trip);
-
-  // state_detour.cc
-  [[nodiscard]] bool overdue(const Lane& lane) const;
-  std::optional<std::size_t> lane_that_moves();
-  void watch_later();
-  void watch();
-  void rescue(Lane& lane);
 
   // state_doubt.cc
   struct Doubt;
@@ -130,30 +102,19 @@ class PgStateStore final : public store::StateStore {
   void await_writers(const PurgePtr& purge);
   void remove_dead(const PurgePtr& purge);
   void ask_for(const PurgePtr& purge, Call call, std::function<void(const Rows&)> then);
-  void after(Nanos pause, std::function<void()> then);
   void end_purge(const PurgePtr& purge, const Status& status);
 
   PrefixBackend& backend_;
-  const Clock& clock_;
   const StateSql sql_;
-  std::vector<std::unique_ptr<Lane>> lanes_;  // ordinary ones, spare ones; the last is that of batches
-  const std::size_t ordinary_lanes_;
-  std::unordered_map<const void*, Queued> tickets_;  // of StateOp and StateBatch
+  const std::size_t ordinary_lanes_;  // behind them comes that of batches
   // Operations that are in the store, by keys that share a slot: in the ordinary lanes and in the wide one.
   std::array<std::uint32_t, kSlots> ordinary_{}, wide_{};
   std::array<std::uint8_t, kSlots> lane_of_slot_{};  // where there are ordinary ones
   std::size_t inside_ = 0;                           // all of them
-  TripPtr held_;                           // of the wide lane: waits for keys that ordinary lanes still carry
+  std::vector<TripPtr> held_;              // of the wide lane: wait for keys that ordinary lanes still carry
   std::uint64_t created_ = 0, found_ = 0;  // of the latest creations, decaying: which statement suits them
-  std::minstd_rand random_;
-  store::Stats stats_;
-  std::size_t trips_ = 0;
-  bool closing_ = false;
-  bool watching_ = false;
-  std::function<void()> closed_;
-  std::unique_ptr<asio::steady_timer> close_timer_, purge_timer_;  // behind pointers: leaked after fork
+  std::unique_ptr<asio::steady_timer> purge_timer_;  // behind a pointer: leaked after fork
   bool purge_armed_ = false;
-  std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
 };
 
 }  // namespace ratesync::postgres

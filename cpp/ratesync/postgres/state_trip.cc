@@ -27,22 +27,9 @@ void sort_by_arrival(StateItems& items) { std::sort(items.begin(), items.end());
 
 }  // namespace
 
-void PgStateStore::begin_trip(Lane& lane, StateBatcher::Batch batch, PgPool::Lease connection) {
-  auto trip = std::make_shared<Trip>(lane, std::move(batch), std::move(connection));
-  lane.flying = true;
-  lane.sent = clock_.now();
-  lane.trip = trip;
-  trip->pending.reserve(trip->batch.ops.size());
-  for (QueuedState& item : trip->batch.ops) {
-    tickets_.erase(item.batch ? static_cast<const void*>(item.batch) : item.op);
-    trip->pending.push_back(&item);
-  }
-  start_round(trip);
-}
-
 // In the wide lane: what has a key in common with something before it waits for the next round, and so it
 // does for what the ordinary lanes still carry of its keys.
-void PgStateStore::hold_back(Trip& trip) {
+void PgStateStore::hold_back(StateTrip& trip) {
   std::vector<bool> taken(kSlots, false);
   StateItems now;
   trip.held.clear();
@@ -56,15 +43,15 @@ void PgStateStore::hold_back(Trip& trip) {
 }
 
 void PgStateStore::start_round(const TripPtr& trip) {
-  if (std::exchange(trip->pause, false)) return retry_later(trip);
+  if (std::exchange(trip->pause, false)) return retry_later(trip, ++trip->pauses);
   trip->round = {};
-  const bool wide = &trip->lane == lanes_.back().get();
+  const bool wide = trip->lane->place == ordinary_lanes_;
   if (wide) {
     hold_back(*trip);
     if (trip->pending.empty() && !trip->held.empty()) {
       trip->pending = std::exchange(trip->held, {});
-      if (trip->connection) backend_.pool().put(std::exchange(trip->connection, nullptr));
-      held_ = trip;  // until poke()
+      give_back(*trip);
+      held_.push_back(trip);  // until poke()
       return;
     }
   }
@@ -84,24 +71,22 @@ void PgStateStore::start_round(const TripPtr& trip) {
     add_stage(sql_, stage, calls);
     asked += stage.kind == Kind::decide ? stage.items.size() : stage.lines.size();
   }
-  count(calls, std::max(asked, trip->pending.size() - trip->round.later.size()));
-  trip->lane.sent = trip->sent = clock_.now();
-  trip->connection->run(std::move(calls), [this, trip, alive = alive_](PipelineResult result) {
-    if (*alive) answered(trip, std::move(result));
-  });
+  run(trip, std::move(calls), std::max(asked, trip->pending.size() - trip->round.later.size()));
 }
 
 // An ordinary lane is through with a key.
 void PgStateStore::poke() {
-  const TripPtr trip = held_;
-  const bool still = std::all_of(trip->pending.begin(), trip->pending.end(), [this](const QueuedState* item) {
-    bool about = false;
-    each_slot(*item, [&](std::size_t slot) { about = about || ordinary_[slot] > 0; });
-    return about;
+  std::vector<TripPtr> freed;
+  std::erase_if(held_, [&](const TripPtr& trip) {
+    const bool goes = std::any_of(trip->pending.begin(), trip->pending.end(), [this](QueuedState* item) {
+      bool about = false;
+      each_slot(*item, [&](std::size_t slot) { about = about || ordinary_[slot] > 0; });
+      return !about;
+    });
+    if (goes) freed.push_back(trip);
+    return goes;
   });
-  if (still) return;
-  held_ = nullptr;
-  reconnect(trip);
+  for (const TripPtr& trip : freed) reconnect(trip);
 }
 
 // --- answers ------------------------------------------------------------------------------------
@@ -170,7 +155,7 @@ void PgStateStore::answered(const TripPtr& trip, PipelineResult result) {
   for (const auto& [items, status] : failed) fail_all(items, status);
 }
 
-void PgStateStore::refused(Trip& trip, const StateStage& stage, const PipelineResult::Part& part,
+void PgStateStore::refused(StateTrip& trip, const StateStage& stage, const PipelineResult::Part& part,
                            StateDealt& dealt, std::vector<std::pair<StateItems, Status>>& failed) {
   StateItems items = items_of(stage);
   const Status& status = part.status;
@@ -199,7 +184,7 @@ void PgStateStore::refused(Trip& trip, const StateStage& stage, const PipelineRe
   PipelineResult told;
   told.status = status;
   told.server_message = part.server_message;
-  failed.emplace_back(std::move(items), backend_.explain(Facet::state, told));
+  failed.emplace_back(std::move(items), explain(told));
 }
 
 // Certainly not executed: an idle connection had died.
@@ -212,40 +197,6 @@ void PgStateStore::not_sent(const TripPtr& trip, const Status& status) {
   trip->round = {};
   start_round(trip);
   fail_all(items, status);
-}
-
-void PgStateStore::retry_later(const TripPtr& trip) {
-  auto timer = std::make_shared<asio::steady_timer>(backend_.io());
-  timer->expires_after(std::chrono::nanoseconds(pause_after(++trip->pauses, random_)));
-  timer->async_wait([this, trip, timer, alive = alive_](const asio::error_code&) {
-    if (*alive) start_round(trip);
-  });
-}
-
-void PgStateStore::reconnect(const TripPtr& trip) {
-  if (trip->connection) backend_.pool().put(std::exchange(trip->connection, nullptr));
-  backend_.pool().get([this, trip, alive = alive_](Result<PgPool::Lease> got) {
-    if (!*alive) return;
-    if (got.ok()) {
-      trip->connection = std::move(got.value());
-      return start_round(trip);
-    }
-    const StateItems items = std::exchange(trip->pending, {});
-    land(trip);
-    fail_all(items, got.status());
-  });
-}
-
-void PgStateStore::land(const TripPtr& trip) {
-  Lane& lane = trip->lane;
-  lane.batcher.finished(trip->batch.id);
-  const Nanos now = clock_.now();
-  lane.gather.landed(trip->batch.ops.size(), lane.batcher.queued(), now, now - trip->began);
-  lane.busy = lane.flying = false;
-  --trips_;
-  if (trip->connection) backend_.pool().put(std::exchange(trip->connection, nullptr));
-  pump(lane);
-  maybe_closed();
 }
 
 }  // namespace ratesync::postgres
