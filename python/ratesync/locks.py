@@ -30,8 +30,10 @@ class Lock(CoreLock):
             ...
 
     Entering waits until the lock is free, first come, first served as far as processes can agree on it, and
-    gives the `Lease`. Leaving gives the lock back. One Lock object may be entered by many tasks and threads;
-    it is not re-entrant: who has it and asks again waits for himself.
+    gives the `Lease`. Leaving gives the lock back; where the store does not answer within a second, that goes
+    on in the background, with a warning, and the lock is free at the end of its ttl at the latest. One Lock
+    object may be entered by many tasks and threads; it is not re-entrant: who has it and asks again waits for
+    himself.
 
     Raised on entering: LockTimeoutError, when somebody else held it for longer than `timeout`; StoreError.
     On leaving: LockLostError, when the lock was lost while the body ran (unless the body raised something).

@@ -77,6 +77,31 @@ TEST(Lock, AReleaseWhoseAnswerWasLostIsSentAgainAndWasHeld) {
   EXPECT_TRUE(rig.done(release) && release->was_held);
 }
 
+TEST(Lock, WhoLeavesWaitsForASecondAtMost) {
+  LockRig rig;
+  const HeldLockRef lease = rig.held();
+  LockRelease* release = rig.release(lease, true);
+  rig.run(kLeavingTime - kMilli);
+  EXPECT_FALSE(rig.done(release));
+  rig.run(kMilli);
+  ASSERT_TRUE(rig.done(release));
+  EXPECT_TRUE(release->status.code == Code::timeout && release->was_held);
+  // It is given back all the same.
+  rig.locks.fail(Code::in_doubt);
+  EXPECT_EQ(rig.locks.pending(), "release a");
+  rig.locks.done();
+  EXPECT_TRUE(lease->answered && release->status.code == Code::timeout && release->was_held);
+}
+
+TEST(Lock, WhoLeavesIsToldWhatTheStoreSaysInTime) {
+  LockRig rig;
+  LockRelease* release = rig.release(rig.held(), true);
+  rig.run(kLeavingTime / 2);
+  rig.locks.lost();
+  EXPECT_TRUE(rig.done(release) && release->status.ok() && !release->was_held);
+  rig.run(kLeavingTime);  // nothing fires
+}
+
 // --- lines ----------------------------------------------------------------------------------------
 
 TEST(LockLine, OnlyTheFirstAsks) {

@@ -141,8 +141,8 @@ struct LockRig {
     EXPECT_TRUE(done(task));
     return task->lease;
   }
-  LockRelease* release(const HeldLockRef& lease) {
-    auto* task = new LockRelease(lease);
+  LockRelease* release(const HeldLockRef& lease, bool leaving = false) {
+    auto* task = new LockRelease(lease, leaving);
     task->target = arrivals;
     task->start();
     return task;

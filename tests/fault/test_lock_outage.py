@@ -7,6 +7,7 @@ A proxy holds answers back, so that a question has been sent and decided when it
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -125,3 +126,53 @@ async def test_leaving_a_body_whose_lock_was_lost_to_an_outage_raises_at_once(
         async with await remote.lock(remote.direct, ttl=0.3).acquire(auto_renew=False) as lease:
             assert await lease.lost_signal() is True
             raise KeyError("of the body")
+
+
+async def test_leaving_a_body_does_not_wait_long_for_a_silent_server(remote: Remote, ratesync_proxy) -> None:
+    async with remote.lock(remote.proxied):
+        pass
+    clock = asyncio.get_running_loop().time
+    async with remote.lock(remote.proxied, ttl=30) as lease:
+        ratesync_proxy.stall("replies")
+        left = clock()
+    assert clock() - left < 5, "it waited for a server that does not answer"
+    assert not lease.held
+    assert not lease.lost
+    # The release had been sent; its answer is all that is missing.
+    heir = await remote.lock(remote.direct, timeout=60).acquire()
+    assert heir is not None
+    assert heir.token > lease.token
+    ratesync_proxy.resume()
+    await heir.release()
+
+
+async def test_leaving_a_body_tells_what_a_slow_server_says(remote: Remote, ratesync_proxy) -> None:
+    async with remote.lock(remote.proxied):
+        pass
+    with pytest.raises(LockLostError):
+        async with remote.lock(remote.proxied, ttl=30) as lease:
+            assert await remote.direct.break_lock("acteon_", "default", "default", "a", lease.token)
+            ratesync_proxy.delay(0.3, "replies")
+
+
+def test_a_thread_does_not_wait_long_for_a_silent_server_either(
+    ratesync_postgres_url, ratesync_proxy
+) -> None:
+    engine = Engine()
+    options = {
+        "auto_create": True,
+        "connect_timeout": 10.0,
+        "url": ratesync_proxy.through(ratesync_postgres_url),
+    }
+    store = engine.add_store("proxied", "postgres", options)
+    lock = Lock(store, "acteon_", "default", "default", "a", ttl=30)
+    with lock:
+        pass
+    with lock:
+        ratesync_proxy.stall()
+        left = time.monotonic()
+    assert time.monotonic() - left < 5
+    ratesync_proxy.resume()
+    with lock:  # given back meanwhile
+        pass
+    engine.shutdown()

@@ -52,7 +52,8 @@ PyObject* finish_leave(PyObject* owner, LockRelease& task, bool failing) {
   if (!task.status.ok() && (task.was_held || failing)) {
     // The body ran under the lock, and the lock ends by itself: nothing to fail for.
     const std::string text = "lock '" + self->lease->name + "': not given back, it ends with its ttl of " +
-                             std::to_string(self->lease->ttl_ms()) + " ms: " + task.status.message;
+                             std::to_string(self->lease->ttl_ms()) +
+                             " ms at the latest: " + task.status.message;
     PyObject* nothing = state().log ? PyObject_CallFunction(state().log, "ss#", "warning", text.data(),
                                                             static_cast<Py_ssize_t>(text.size()))
                                     : Py_NewRef(Py_None);
@@ -317,7 +318,7 @@ PyObject* leave_lease(LeaseObject* self, bool async, bool failing) {
     return was_held || failing ? nothing() : raise_lost(self);
   }
   const Finish finish = failing ? finish_leave_failing : finish_leave_well;
-  auto* task = new LockRelease(self->lease);
+  auto* task = new LockRelease(self->lease, true);
   if (async) return begin_task(home->engine, home->store_id, task, object_of(self), finish, false);
   return block_task(home->engine, home->store_id, task, object_of(self), finish, false);
 }

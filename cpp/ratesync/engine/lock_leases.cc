@@ -105,6 +105,8 @@ void LockRelease::start() { lease->service.release(this); }
 
 void LockRelease::done() { lease->service.answered(this); }
 
+void LockRelease::fire() { lease->service.left(this); }
+
 void LockService::release(LockRelease* task) {
   const HeldLockRef lease = task->lease;
   const Nanos now = timers_.now();
@@ -119,8 +121,19 @@ void LockService::release(LockRelease* task) {
   task->space = lease->space;
   task->name = lease->name;
   task->token = lease->token;
+  if (task->leaving_) timers_.arm(*task, saturating_add(now, kLeavingTime));
   send(task);
   handed_back(lease);
+}
+
+// The store still has it, and goes on trying.
+void LockService::left(LockRelease* task) {
+  task->was_held = task->lease->held_until_released_;
+  task->status =
+      Status::make(Code::timeout, "the store has not answered within 1 s; it is still being tried");
+  task->alone_ = true;
+  task->ref();
+  task->target->deliver(task);
 }
 
 void LockService::send(LockRelease* task) {
@@ -135,20 +148,17 @@ void LockService::answered(LockRelease* task) {
   Status& status = task->reply.status;
   const bool again = status.code == Code::in_doubt && !closing_ && timers_.now() < task->until_;
   if (again && ++task->doubts_ <= kReleaseTries) return send(task);
-  if (status.ok()) {
-    task->lease->answered = true;
-    // After a lost answer, the first one has done it.
-    task->was_held = task->lease->held_until_released_ &&
-                     (task->reply.outcome == LockReply::Outcome::held || task->doubts_ > 0);
-  } else {
-    task->was_held = task->lease->held_until_released_;
-    task->status = std::move(status);
-  }
+  if (status.ok()) task->lease->answered = true;
   if (task->alone_) {
     task->unref();
-  } else {
-    task->target->deliver(task);
+    return farewell();
   }
+  timers_.cancel(*task);
+  // After a lost answer, the first one has done it.
+  task->was_held = task->lease->held_until_released_ &&
+                   (!status.ok() || task->reply.outcome == LockReply::Outcome::held || task->doubts_ > 0);
+  task->status = std::move(status);
+  task->target->deliver(task);
   farewell();
 }
 

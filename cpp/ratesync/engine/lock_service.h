@@ -44,6 +44,8 @@ struct LockName;
 
 // From lease to lease inside this process, in a row, while others may be waiting elsewhere.
 inline constexpr int kMaxHandovers = 16;
+// So long who leaves the body of a lock waits for a store that does not answer.
+inline constexpr Nanos kLeavingTime = kSecond;
 
 // A lock held by this process, until it is lost or ended.
 class HeldLock final : public Kept {
@@ -136,23 +138,29 @@ struct LockName final : TimerNode {
   Nanos pause = 0;  // between two questions where the store cannot push
 };
 
-// Gives a lock back and says whether it was held until then.
-class LockRelease final : public Acquisition, public store::LockOp {
+// Gives a lock back and says whether it was held until then. Who leaves the body of a lock waits for the
+// answer for kLeavingTime at most; it is given back all the same.
+class LockRelease final : public Acquisition, public store::LockOp, public TimerNode {
  public:
-  explicit LockRelease(HeldLockRef held) : lease(std::move(held)) { lease->releasing = true; }
+  explicit LockRelease(HeldLockRef held, bool leaving = false) : lease(std::move(held)), leaving_(leaving) {
+    lease->releasing = true;
+  }
   void start() override;
   void cancel() override {}  // it is given back all the same
-  void done() override;
+  void done() override;      // from the store
+  void fire() override;      // who leaves has waited long enough
   void orphaned() override {}
 
   const HeldLockRef lease;
+  // out (read after delivery)
   bool was_held = false;  // with a status that is not ok: as far as is known here
   Status status;
 
  private:
   friend class LockService;
   ~LockRelease() override = default;
-  bool alone_ = false;  // nobody waits for the answer
+  const bool leaving_;
+  bool alone_ = false;  // nobody waits for the answer, or not any more
   int doubts_ = 0;
   Nanos until_ = 0;  // the lease is over by then, so that nothing is left to be given back
 };
@@ -245,6 +253,7 @@ class LockService {
   void finish(LockAcquire* task, LockAcquire::Outcome outcome);
   void send(LockRelease* task);
   void answered(LockRelease* task);
+  void left(LockRelease* task);
   void lost(HeldLock& lease);
   void farewell();
   HeldLockRef make_lease(const store::SpaceRef& space, const std::string& name, std::int64_t token,
