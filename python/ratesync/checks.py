@@ -22,7 +22,7 @@ from ratesync.errors import (
     StoreError,
     is_outage,
 )
-from ratesync.limits import StoreLimiter
+from ratesync.limits import RateLimiter, StoreLimiter
 from ratesync.registry import group_id_for
 from ratesync.schemas import MultiLimiterResult, RateLimitResult
 
@@ -236,11 +236,7 @@ class _Outcome:
 
 @script
 def _take(requests: Sequence[Request], timeout: float | None) -> Generator[Pending[Any], Any, _Outcome]:
-    first = requests[0]
-    if len(requests) == 1:
-        permit = first.limiter.acquire_context(timeout, key=first.key)
-    else:
-        permit = acquire_limits([(request.limiter, request.key) for request in requests], timeout)
+    permit = permit_of([(request.limiter, request.key) for request in requests], timeout)
     try:
         yield entering(permit)
     except ConfigValidationError:
@@ -252,8 +248,8 @@ def _take(requests: Sequence[Request], timeout: float | None) -> Generator[Pendi
     except RateLimiterAcquisitionError as error:
         _check_refusal(error)
         by_group = {request.group: request for request in requests}
-        return _Outcome(blocking=by_group.get(error.group_id or "", first), refusal=error)
-    parts = permit._parts() or [_told(permit)]
+        return _Outcome(blocking=by_group.get(error.group_id or "", requests[0]), refusal=error)
+    parts = told(permit)
     permit.release()
     return _Outcome(parts)
 
@@ -278,7 +274,7 @@ def _take_one_by_one(
                 return _Outcome(blocking=request, refusal=error)
             permits.append(permit)
         done = True
-        return _Outcome([_told(permit) for permit in permits])
+        return _Outcome([part for permit in permits for part in told(permit)])
     except GeneratorExit:  # closed from outside: nothing can be awaited any more
         done = True
         raise
@@ -295,8 +291,17 @@ def _check_refusal(error: RateLimiterAcquisitionError) -> None:
         raise error
 
 
-def _told(permit: Permit) -> tuple[bool, int, float | None]:
-    return not permit.passed_open, permit.remaining, permit.reset_after
+def permit_of(limits: Sequence[tuple[RateLimiter, str | None]], timeout: float | None) -> Permit:
+    """The permit of limiters with a key each: all or nothing, where they are several. Not entered yet."""
+    if len(limits) == 1:
+        limiter, key = limits[0]
+        return limiter.acquire_context(timeout, key=key)
+    return acquire_limits([(cast("StoreLimiter", limiter), key) for limiter, key in limits], timeout)
+
+
+def told(permit: Permit) -> Sequence[tuple[bool, int, float | None]]:
+    """Of each limit of an entered permit: whether it decided, what remains, seconds until all is there."""
+    return permit._parts() or [(not permit.passed_open, permit.remaining, permit.reset_after)]
 
 
 @script

@@ -13,7 +13,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ratesync.contrib.fastapi.admission import Admission, admit, lets_pass, log
+from ratesync.contrib.fastapi.admission import Admission, admit, admit_all, lets_pass, log
 from ratesync.contrib.fastapi.headers import (
     HeaderStyle,
     RateLimitResult,
@@ -22,7 +22,12 @@ from ratesync.contrib.fastapi.headers import (
 )
 from ratesync.contrib.fastapi.identity import IdentifierExtractor, get_client_ip, parse_networks
 from ratesync.contrib.fastapi.responses import RateLimitExceededError, RateLimitUnavailableError
-from ratesync.errors import ConfigValidationError, LimiterNotFoundError
+from ratesync.errors import (
+    ConfigValidationError,
+    LimiterNotFoundError,
+    RateLimiterAcquisitionError,
+    RateLimiterError,
+)
 
 __all__ = ["CompositeRateLimitDependency", "RateLimitDependency", "rate_limit"]
 
@@ -206,9 +211,9 @@ class CompositeRateLimitDependency(_Limit):
         limiters: name -> limiter id.
         identifier_extractor: function of the request, plain or async, that gives an identifier for each of
             these names, no more and no fewer.
-        strategy: `most_restrictive` and `all_must_pass`: all have to grant, and what some granted is given
-            back when another refuses. `any_must_pass`: one grant is enough; refusals charge nothing.
-        timeout: seconds to wait for each; None tries once.
+        strategy: `most_restrictive` and `all_must_pass`: all have to grant, which is decided at once, or
+            nothing is charged. `any_must_pass`: each is asked, one grant is enough; refusals charge nothing.
+        timeout: seconds to wait, for each with `any_must_pass`; None tries once.
         fail_open: as in `RateLimitDependency`.
         headers: as there; the legacy form tells of the limiter with the least remaining.
 
@@ -250,11 +255,32 @@ class CompositeRateLimitDependency(_Limit):
             raise ValueError(
                 f"the identifiers must match limiter keys: expected a dict of {sorted(self.limiters)}"
             )
+        limits = [(limiter_id, identifiers[name]) for name, limiter_id in self.limiters.items()]
+        if self.strategy != "any_must_pass" and (admissions := await self._together(limits)):
+            result = admissions[0].result
+            if result is not None and not result.allowed:
+                raise refusal(str(dict(identifiers)), result, self.headers)
+            return admissions
+        return await self._one_by_one(limits, str(dict(identifiers)))
+
+    async def _together(self, limits: Sequence[tuple[str, object]]) -> list[Admission]:
+        """Empty: each has to be asked for itself, where that may end otherwise."""
+        try:
+            return await admit_all(limits, self.timeout or 0)
+        except RateLimiterAcquisitionError as error:
+            if not lets_pass(error, self.fail_open):
+                named = [name for name, _ in limits if (error.group_id or "").startswith(name)]
+                undecided((named or [limits[0][0]])[0], error, self.fail_open)
+            return []
+        except RateLimiterError:  # one is not configured; or their store cannot decide these together
+            return []
+
+    async def _one_by_one(self, limits: Sequence[tuple[str, object]], identifiers: str) -> list[Admission]:
         admissions: list[Admission] = []
         try:
-            for name, limiter_id in self.limiters.items():
+            for limiter_id, identifier in limits:
                 try:
-                    admissions.append(await admit(limiter_id, identifiers[name], self.timeout or 0))
+                    admissions.append(await admit(limiter_id, identifier, self.timeout or 0))
                 except Exception as error:
                     admissions.append(undecided(limiter_id, error, self.fail_open))
                 if self.strategy != "any_must_pass" and not admissions[-1].allowed:
@@ -267,7 +293,7 @@ class CompositeRateLimitDependency(_Limit):
             await _undo(admissions)
             # Of several refusals, the client may come back after the earliest.
             first = min(refused, key=lambda result: result.reset_in)
-            raise refusal(str(dict(identifiers)), first, self.headers)
+            raise refusal(identifiers, first, self.headers)
         return [admission for admission in admissions if admission.allowed]
 
 
