@@ -44,7 +44,8 @@ void measure(const char* name, std::uint32_t count, Setup&& setup, Run&& run) {
   for (int i = 0; i < 7; ++i) {
     Clock clock;
     memory::MemoryState state(clock);
-    const memory::Family& family = state.family(store::Space{}, "dedup");
+    const memory::FamilyRef held = state.family(store::Space{}, "dedup");
+    const memory::Family& family = *held;
     setup(state, family);
     const double start = cpu_ns();
     for (std::uint32_t n = 0; n < count; ++n) run(state, family, n);

@@ -46,7 +46,8 @@ TEST(MemoryStateRace, OneWinnerOfManyCreates) {
   constexpr int kKeys = 20'000;
   std::vector<std::atomic<int>> winners(kKeys);
   together([&](int) {
-    const Family& family = rig.memory.family(*rig.space, "k");
+    const FamilyRef held = rig.memory.family(*rig.space, "k");
+    const Family& family = *held;
     const ValueView one{store::Value::Type::text, "1", 0};
     for (int i = 0; i < kKeys; ++i)
       if (rig.memory.create(family, "key" + std::to_string(i), one, store::kNoTtl)) ++winners[i];
@@ -192,6 +193,32 @@ TEST(MemoryStateRace, EachTimeoutGoesToOneClaimer) {
 struct LockCall final : store::LockOp {
   void done() override {}
 };
+
+TEST(MemoryStateRace, FamiliesComeAndGoAndNoVersionIsUsedTwice) {
+  StateRig rig;
+  constexpr int kRounds = 20'000;
+  std::vector<std::vector<std::int64_t>> versions(kThreads);
+  together([&](int which) {
+    for (int i = 0; i < kRounds; ++i) {
+      // One that all write, and one of its own that is gone at once.
+      for (const bool shared : {true, false}) {
+        StateCall set = make(rig, Verb::set, "k");
+        set.kind = shared ? "shared" : std::to_string(which) + "/" + std::to_string(i);
+        set.ttl = shared && i % 4 != 0 ? store::kNoTtl : 1;
+        rig.state.submit(&set);
+        if (shared) versions[static_cast<std::size_t>(which)].push_back(set.reply.version);
+      }
+      if (i % 64 == 0) rig.clock.advance(5 * kSecond);
+    }
+  });
+  std::set<std::int64_t> all;
+  for (const auto& mine : versions) {
+    all.insert(mine.begin(), mine.end());
+    EXPECT_TRUE(std::is_sorted(mine.begin(), mine.end()));
+  }
+  EXPECT_EQ(all.size(), static_cast<std::size_t>(kThreads) * kRounds) << "no version twice";
+  EXPECT_LE(rig.memory.families(), 40'000u);
+}
 
 TEST(MemoryLockRace, OneHolderAtATimeWithTokensThatGrow) {
   Clock clock{true};

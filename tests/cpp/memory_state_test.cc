@@ -499,5 +499,58 @@ TEST(MemoryStatePurge, TakesNoMoreThanItsLimit) {
   EXPECT_EQ(rig.purge(), 0);
 }
 
+TEST(MemoryStateFamilies, OnesWithoutUseAreForgottenAndTheirVersionsAreNot) {
+  StateRig rig;
+  const auto write = [&](const std::string& tenant, std::int64_t ttl) {
+    StateCall call = rig.op(Verb::set, "k");
+    call.space = std::make_shared<const store::Space>(store::Space{"n", tenant});
+    call.ttl = ttl;
+    return rig.run(std::move(call)).version;
+  };
+  std::vector<std::int64_t> last;
+  for (int i = 0; i < 200; ++i) last.push_back(write("early" + std::to_string(i), 1'000));
+  for (std::int64_t& version : last) version = write("early" + std::to_string(&version - last.data()), 1'000);
+  EXPECT_EQ(write("stays", store::kNoTtl), 1);
+  const FamilyRef held = rig.memory.family(*rig.space, "held, without a row");
+  rig.pass(10'000);
+  for (int day = 0; day < 20'000; ++day) {
+    write("day" + std::to_string(day), 1'000);
+    rig.pass(10);
+    if (day % 500 == 0) rig.purge();
+  }
+  EXPECT_LE(rig.memory.families(), 2'500u);
+  EXPECT_EQ(rig.memory.family(*rig.space, "held, without a row"), held);
+  EXPECT_EQ(write("stays", store::kNoTtl), 2);
+  for (std::size_t i = 0; i < last.size(); ++i)
+    EXPECT_GT(write("early" + std::to_string(i), 1'000), last[i]) << "no version twice";
+}
+
+TEST(MemoryStateFamilies, OneThatIsOnlyLookedAtCostsNothingForLong) {
+  StateRig rig;
+  for (int i = 0; i < 20'000; ++i) {
+    StateCall call = rig.op(Verb::get, "k");
+    call.kind = std::to_string(i);
+    EXPECT_EQ(rig.run(std::move(call)).outcome, Outcome::absent);
+  }
+  EXPECT_LE(rig.memory.families(), 2'048u);
+}
+
+TEST(MemoryStateFamilies, ACursorOfOneThatWasForgottenFindsWhatIsThereNow) {
+  StateRig rig;
+  for (const char* key : {"a", "b", "c", "d"}) rig.create(key, 1'000);
+  const std::string cursor = rig.page("", "", 2).value().cursor;
+  ASSERT_NE(cursor, "");
+  rig.pass(2'000);
+  rig.purge();
+  for (int i = 0; i < 5'000; ++i) (void)rig.memory.family(*rig.space, std::to_string(i));
+  rig.create("c");
+  rig.create("e");
+  std::vector<std::string> rest;
+  auto page = rig.page("", cursor, 10);
+  for (const store::StateRow& row : page.value().rows) rest.push_back(row.key);
+  ASSERT_FALSE(rest.empty());
+  EXPECT_EQ(rest.front(), "c");
+}
+
 }  // namespace
 }  // namespace ratesync::memory

@@ -72,12 +72,13 @@ StateImpl* make_impl(PyObject* args, PyObject* kwargs, PyObject** encode, PyObje
   impl->prefix = utf8(prefix);
   impl->engine = store->engine;
   impl->service = service.value();
+  impl->locks = store->entry->locks.get();
   impl->space = std::make_shared<const store::Space>(
       store::Space{std::string(utf8(name_space)), std::string(utf8(tenant))});
   impl->kind = utf8(kind);
   impl->timeout = patience;
   impl->memory = dynamic_cast<memory::MemoryState*>(&service.value()->store());
-  if (impl->memory) impl->family = &impl->memory->family(*impl->space, impl->kind);
+  if (impl->memory) impl->family = impl->memory->family(*impl->space, impl->kind);
   impl->generation = store->generation;
   return impl;
 }

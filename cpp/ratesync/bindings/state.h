@@ -7,6 +7,7 @@
 #include <string>
 
 #include "ratesync/bindings/objects.h"
+#include "ratesync/engine/lock_service.h"
 #include "ratesync/engine/state_service.h"
 #include "ratesync/memory/memory_state.h"
 
@@ -17,12 +18,14 @@ struct StateImpl {
   std::string prefix;
   std::shared_ptr<engine::Engine> engine;
   engine::StateService* service = nullptr;
+  engine::LockServices* locks = nullptr;  // of the same store: bells are there
   store::SpaceRef space;
   std::string kind;  // of calls that name none
   Nanos timeout = kForever;
   // The embedded store decides on the calling thread. Null: another store.
   memory::MemoryState* memory = nullptr;
-  const memory::Family* family = nullptr;  // of `kind`
+  memory::FamilyRef family;         // of `kind`
+  mutable memory::FamilyRef named;  // of the kind that a call named last: StateObject::last_kind
   unsigned generation = 0;
 };
 
@@ -31,10 +34,9 @@ struct StateObject {
   StateImpl* impl;
   PyObject* encode;  // value -> JSON text, for codec="json"; null: by type
   PyObject* decode;
-  // On the embedded store: where the keys of the kind named last are.
+  // On the embedded store: `named` of the impl is of this kind.
   PyObject* last_kind;
   const StateImpl* last_of;
-  const memory::Family* last_family;
 };
 
 // What the caller makes of the reply.

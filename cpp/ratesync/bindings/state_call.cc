@@ -34,11 +34,11 @@ memory::ValueView view_of(const StateCallObject& call) {
 // A caller names one kind again and again, mostly by the same object.
 const memory::Family& family_of(StateObject& owner, const StateImpl& impl, PyObject* kind) {
   if (owner.last_kind != kind || owner.last_of != &impl) {
-    owner.last_family = &impl.memory->family(*impl.space, utf8(kind));
+    impl.named = impl.memory->family(*impl.space, utf8(kind));
     owner.last_of = &impl;
     Py_XSETREF(owner.last_kind, Py_NewRef(kind));
   }
-  return *owner.last_family;
+  return *impl.named;
 }
 
 }  // namespace

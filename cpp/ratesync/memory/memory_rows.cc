@@ -31,10 +31,10 @@ Row* allocate(Row* old, std::size_t key_size, std::size_t value_size) {
 
 }  // namespace
 
-Place place_of(const Family& family, std::string_view key) {
+std::uint64_t hash_of(std::uint64_t seed, std::string_view key) {
   constexpr std::uint64_t kMix = 0x9fb21c651e98df25ull;
   constexpr std::uint64_t kEnd = 0xd6e8feb86659fd93ull;
-  std::uint64_t hash = family.seed ^ (key.size() * kMix);
+  std::uint64_t hash = seed ^ (key.size() * kMix);
   const char* at = key.data();
   std::size_t left = key.size();
   for (; left >= 8; at += 8, left -= 8) hash = fold(hash ^ load(at, 8), kMix);
@@ -43,7 +43,11 @@ Place place_of(const Family& family, std::string_view key) {
   } else if (left > 0) {
     hash = fold(hash ^ (load(at, 1) | load(at + left / 2, 1) << 8 | load(at + left - 1, 1) << 16), kMix);
   }
-  hash = fold(hash ^ kEnd, kEnd);
+  return fold(hash ^ kEnd, kEnd);
+}
+
+Place place_of(const Family& family, std::string_view key) {
+  const std::uint64_t hash = hash_of(family.seed, key);
   return {static_cast<std::uint32_t>(hash), static_cast<std::uint16_t>(hash >> 48)};
 }
 
@@ -55,6 +59,7 @@ Slot* RowTable::insert(const Family& family, std::string_view key, Place place, 
   if ((size_ + 1) * 4 > capacity() * 3) rehash(std::max(kLeast, capacity() * 2));
   Row* row = allocate(nullptr, key.size(), value_size);
   row->family = family.number;
+  family.rows.fetch_add(1, std::memory_order_relaxed);
   row->key_size = static_cast<std::uint32_t>(key.size());
   row->value_size = static_cast<std::uint32_t>(value_size);
   row->bucket = place.bucket;
@@ -117,7 +122,8 @@ void RowTable::erase(std::uint32_t index) {
   slots_[gap] = Slot{};
 }
 
-std::uint32_t RowTable::sweep(std::int64_t now, std::uint32_t slots, std::uint32_t limit) {
+std::uint32_t RowTable::sweep(std::int64_t now, std::uint32_t slots, std::uint32_t limit,
+                              std::vector<std::uint32_t>* gone) {
   if (!slots_) return 0;
   const std::int64_t second = now / 1000;
   std::uint32_t removed = 0;
@@ -132,6 +138,7 @@ std::uint32_t RowTable::sweep(std::int64_t now, std::uint32_t slots, std::uint32
         if (!floors_) floors_ = std::make_unique<std::int64_t[]>(kBucketsHere);
         std::int64_t& lowest = floors_[row.bucket % kBucketsHere];
         lowest = std::max(lowest, row.version);
+        gone->push_back(row.family);
         erase(hand_);
         ++removed;
         continue;  // the place may have been filled from behind

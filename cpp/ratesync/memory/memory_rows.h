@@ -6,12 +6,14 @@
 // lock for some ten microseconds even with millions of rows.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <memory>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "ratesync/base/spin_lock.h"
 #include "ratesync/store/state_store.h"
@@ -20,13 +22,16 @@ namespace ratesync::memory {
 
 inline constexpr std::int64_t kNever = std::numeric_limits<std::int64_t>::max();
 
-// Keys of one space and kind. Made once, lives as long as the store.
+// Keys of one space and kind. It may go when it has no row and nobody holds it, and come back under another
+// number: the seed follows from its names, so that its keys find the floors of their versions again.
 struct Family {
-  std::uint32_t number = 0;
-  std::uint64_t seed = 0;  // of the hashes of its keys
+  std::uint32_t number = 0;  // in its rows; of no other family at that time
+  std::uint64_t seed = 0;    // of the hashes of its keys
   store::Space space;
   std::string kind;
+  mutable std::atomic<std::int64_t> rows{0};  // dead ones included
 };
+using FamilyRef = std::shared_ptr<const Family>;
 
 // A value that is somebody else's memory.
 struct ValueView {
@@ -65,6 +70,7 @@ struct Place {
   std::uint32_t tag = 0;  // within the table
   std::uint16_t bucket = 0;
 };
+std::uint64_t hash_of(std::uint64_t seed, std::string_view text);
 Place place_of(const Family& family, std::string_view key);
 
 struct Slot {
@@ -116,12 +122,14 @@ class alignas(64) RowTable {
   // Nothing to be found by a sweep at this time.
   [[nodiscard]] bool fresh(std::int64_t now) const { return soonest_ > now / 1000; }
   // Throws dead rows away and raises the floors of their buckets: looks at up to `slots` places, from where
-  // the last sweep ended, and removes up to `limit` rows. Returns how many.
-  std::uint32_t sweep(std::int64_t now, std::uint32_t slots, std::uint32_t limit);
-  std::uint32_t sweep_all(std::int64_t now, std::uint32_t limit) {
+  // the last sweep ended, and removes up to `limit` rows. Returns how many. Their families are appended to
+  // `gone`, which have to be told.
+  std::uint32_t sweep(std::int64_t now, std::uint32_t slots, std::uint32_t limit,
+                      std::vector<std::uint32_t>* gone);
+  std::uint32_t sweep_all(std::int64_t now, std::uint32_t limit, std::vector<std::uint32_t>* gone) {
     hand_ = 0;
     coming_ = kKept;
-    return sweep(now, capacity(), limit);
+    return sweep(now, capacity(), limit, gone);
   }
 
   template <class F>

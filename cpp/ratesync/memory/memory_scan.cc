@@ -15,11 +15,11 @@ std::optional<Cursor> Cursor::parse(std::string_view text) {
   return out;
 }
 
-std::shared_ptr<const KeyList> Scans::find(std::uint64_t id, std::uint32_t family, std::string_view prefix) {
+std::shared_ptr<const KeyList> Scans::find(std::uint64_t id, const Family& family, std::string_view prefix) {
   const std::lock_guard lock(mutex_);
   for (auto it = lists_.begin(); it != lists_.end(); ++it) {
     if ((*it)->id != id) continue;
-    if ((*it)->family != family || (*it)->prefix != prefix) return nullptr;
+    if ((*it)->family.get() != &family || (*it)->prefix != prefix) return nullptr;
     lists_.splice(lists_.begin(), lists_, it);
     return lists_.front();
   }
@@ -77,14 +77,14 @@ Result<store::StatePage> MemoryState::page(const store::Space& space, const std:
     if (!from) return Status::make(Code::invalid, "the cursor is none of a scan of this store");
   }
   store::StatePage out;
-  const Family* family = find_family(space, kind);
+  const FamilyRef family = find_family(space, kind);
   if (!family) return out;
   page_size = std::max<std::size_t>(page_size, 1);
   const std::int64_t ms = now();
-  auto list = from ? scans_.find(from->list, family->number, prefix) : nullptr;
+  auto list = from ? scans_.find(from->list, *family, prefix) : nullptr;
   if (!list) {
     auto fresh = std::make_shared<KeyList>();
-    fresh->family = family->number;
+    fresh->family = family;
     fresh->prefix = prefix;
     // Of many rows more at a time: eight walks at most, or a long scan would be quadratic.
     LowestKeys lowest(*fresh, std::max({Scans::kKeys, page_size, rows() / 8}));

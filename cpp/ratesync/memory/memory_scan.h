@@ -16,11 +16,13 @@
 #include <string_view>
 #include <vector>
 
+#include "ratesync/memory/memory_rows.h"
+
 namespace ratesync::memory {
 
 struct KeyList {
   std::uint64_t id = 0;
-  std::uint32_t family = 0;
+  FamilyRef family;
   std::string prefix;
   std::vector<std::string> keys;  // ascending by bytes
   bool more = false;              // there were higher ones
@@ -57,7 +59,7 @@ class Scans {
  public:
   static constexpr std::size_t kKeys = 65'536;  // of one list, at least
   // Null: dropped, or not of this scan.
-  std::shared_ptr<const KeyList> find(std::uint64_t id, std::uint32_t family, std::string_view prefix);
+  std::shared_ptr<const KeyList> find(std::uint64_t id, const Family& family, std::string_view prefix);
   // Gives the list its id.
   void keep(std::shared_ptr<KeyList> list);
   void drop(std::uint64_t id);

@@ -177,22 +177,61 @@ std::string family_name(const store::Space& space, std::string_view kind) {
 MemoryState::MemoryState(const Clock& clock)
     : clock_(clock), seed_(random_seed()), tables_(std::make_unique<RowTable[]>(kTables)) {}
 
-const Family* MemoryState::find_family(const store::Space& space, std::string_view kind) {
+// --- families -------------------------------------------------------------------------------------
+
+FamilyRef MemoryState::find_family(const store::Space& space, std::string_view kind) {
   const std::lock_guard lock(families_mutex_);
   const auto it = families_.find(family_name(space, kind));
-  return it == families_.end() ? nullptr : it->second.get();
+  return it == families_.end() ? nullptr : it->second;
 }
 
-const Family& MemoryState::family(const store::Space& space, std::string_view kind) {
+FamilyRef MemoryState::family(const store::Space& space, std::string_view kind) {
+  std::string name = family_name(space, kind);
   const std::lock_guard lock(families_mutex_);
-  auto& family = families_[family_name(space, kind)];
-  if (!family) {
-    const auto number = static_cast<std::uint32_t>(families_.size());
-    family = std::make_unique<Family>(
-        Family{number, seed_ + number * 0x9e3779b97f4a7c15ull, space, std::string(kind)});
+  if (const auto it = families_.find(name); it != families_.end()) return it->second;
+  if (families_.size() >= forget_at_) forget_families();
+  auto made = std::make_shared<Family>();
+  made->seed = hash_of(seed_, name);
+  made->space = space;
+  made->kind = kind;
+  if (free_numbers_.empty()) {
+    made->number = static_cast<std::uint32_t>(numbered_.size());
+    numbered_.push_back(made.get());
+  } else {
+    made->number = free_numbers_.back();
+    free_numbers_.pop_back();
+    numbered_[made->number] = made.get();
   }
-  return *family;
+  return families_.emplace(std::move(name), std::move(made)).first->second;
 }
+
+// Rows are made by who holds their family, and another holder comes only through family(): what nobody else
+// holds here has no more rows than it says.
+void MemoryState::forget_families() {
+  std::erase_if(families_, [this](const auto& entry) {
+    const FamilyRef& family = entry.second;
+    if (family.use_count() > 1) return false;
+    std::atomic_thread_fence(std::memory_order_acquire);  // after what the last holder did
+    if (family->rows.load(std::memory_order_relaxed) > 0) return false;
+    numbered_[family->number] = nullptr;
+    free_numbers_.push_back(family->number);
+    return true;
+  });
+  // Looking again only after the rest has doubled keeps this O(1) per family made.
+  forget_at_ = std::max(kLeastFamilies, 2 * families_.size());
+}
+
+void MemoryState::tell_families(const std::vector<std::uint32_t>& gone) {
+  const std::lock_guard lock(families_mutex_);
+  for (const std::uint32_t number : gone) numbered_[number]->rows.fetch_sub(1, std::memory_order_relaxed);
+}
+
+std::size_t MemoryState::families() {
+  const std::lock_guard lock(families_mutex_);
+  return families_.size();
+}
+
+// --- operations -----------------------------------------------------------------------------------
 
 bool MemoryState::create(const Family& family, std::string_view key, const ValueView& value,
                          std::int64_t ttl) {
@@ -258,12 +297,12 @@ Answer MemoryState::decide_timeout(const Family& family, const Ask& ask) {
 }
 
 void MemoryState::decide(store::StateOp& op) {
-  deliver(decide(family(*op.space, op.kind), ask_of(op)), &op.reply);
+  deliver(decide(*family(*op.space, op.kind), ask_of(op)), &op.reply);
 }
 
 void MemoryState::decide(store::StateBatch& batch) {
   struct Part {
-    const Family* family;
+    FamilyRef family;
     Ask ask;
     Place place;
     Deal deal;
@@ -272,8 +311,9 @@ void MemoryState::decide(store::StateBatch& batch) {
   std::vector<RowTable*> tables;
   bool any_timeout = false;
   for (const store::StateOp* op : batch.ops) {
-    const Family& own = family(*op->space, op->kind);
-    parts.push_back({&own, ask_of(*op), place_of(own, op->key), {}});
+    FamilyRef own = family(*op->space, op->kind);
+    const Place place = place_of(*own, op->key);
+    parts.push_back({std::move(own), ask_of(*op), place, {}});
     any_timeout |= is_timeout(op->verb);
     if (!is_timeout(op->verb)) tables.push_back(&table_of(parts.back().place));
   }
@@ -339,24 +379,30 @@ void MemoryState::sweep_some(std::int64_t ms) {
   constexpr std::uint32_t kTablesAsked = 8;
   constexpr std::uint32_t kLook = 64;
   constexpr std::uint32_t kMost = 256;
+  std::vector<std::uint32_t> gone;
   for (std::uint32_t i = 0; i < kTablesAsked; ++i) {
     RowTable& table = tables_[hand_.fetch_add(1, std::memory_order_relaxed) % kTables];
     const std::lock_guard lock(table.lock);
     if (table.fresh(ms)) continue;
     // Where half of what is looked at is dead, looking on pays.
     for (std::uint32_t total = 0, removed = kLook; total < kMost && removed >= kLook / 4; total += removed)
-      removed = table.sweep(ms, kLook, kLook);
-    return;
+      removed = table.sweep(ms, kLook, kLook, &gone);
+    break;
   }
+  if (!gone.empty()) tell_families(gone);
 }
 
 std::int64_t MemoryState::purge_now(std::size_t limit) {
   const std::int64_t ms = now();
   std::size_t removed = 0;
   for (std::uint32_t i = 0; i < kTables && removed < limit; ++i) {
-    const std::lock_guard lock(tables_[i].lock);
-    const auto left = std::min<std::size_t>(limit - removed, std::numeric_limits<std::uint32_t>::max());
-    removed += tables_[i].sweep_all(ms, static_cast<std::uint32_t>(left));
+    std::vector<std::uint32_t> gone;
+    {
+      const std::lock_guard lock(tables_[i].lock);
+      const auto left = std::min<std::size_t>(limit - removed, std::numeric_limits<std::uint32_t>::max());
+      removed += tables_[i].sweep_all(ms, static_cast<std::uint32_t>(left), &gone);
+    }
+    if (!gone.empty()) tell_families(gone);
   }
   return static_cast<std::int64_t>(removed);
 }

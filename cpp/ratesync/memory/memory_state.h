@@ -49,8 +49,8 @@ class MemoryState final : public store::StateStore {
   explicit MemoryState(const Clock& clock);
 
   // The direct way; any thread. The caller checks sizes: key 1 to 1024 bytes, value at most 64 MiB.
-  // The family stays where it is as long as the store lives: look it up once.
-  const Family& family(const store::Space& space, std::string_view kind);
+  // The family stays as long as somebody holds it: look it up once.
+  FamilyRef family(const store::Space& space, std::string_view kind);
   // check_and_set. True: created now.
   bool create(const Family& family, std::string_view key, const ValueView& value, std::int64_t ttl);
   Answer decide(const Family& family, const Ask& ask);
@@ -66,6 +66,7 @@ class MemoryState final : public store::StateStore {
   std::int64_t purge_now(std::size_t limit);
   // Rows kept, dead ones included: for tests and the footprint benchmark.
   [[nodiscard]] std::size_t rows();
+  [[nodiscard]] std::size_t families();  // for tests
 
   // StateStore; all of these may be called on any thread, and call done() before they return.
   void submit(store::StateOp* op) override {
@@ -92,20 +93,26 @@ class MemoryState final : public store::StateStore {
 
  private:
   static constexpr std::uint8_t kWritesPerSweep = 16;
+  static constexpr std::size_t kLeastFamilies = 1'024;
   static constexpr std::uint32_t kTables = store::kBuckets / RowTable::kBucketsHere;
   // Milliseconds on the store's clock.
   [[nodiscard]] std::int64_t now() const { return clock_.wall(clock_.now()) / kMilli; }
   RowTable& table_of(Place place) { return tables_[place.bucket / RowTable::kBucketsHere]; }
-  const Family* find_family(const store::Space& space, std::string_view kind);
+  FamilyRef find_family(const store::Space& space, std::string_view kind);
   Answer decide_timeout(const Family& family, const Ask& ask);
   void sweep_some(std::int64_t now);
+  void tell_families(const std::vector<std::uint32_t>& gone);
+  void forget_families();  // families_mutex_ held
 
   const Clock& clock_;
   const std::uint64_t seed_;  // of hashes: nobody outside can choose keys that collide
   std::unique_ptr<RowTable[]> tables_;
   std::atomic<std::uint32_t> hand_{0};  // the table that is swept next
-  std::mutex families_mutex_;           // guards the next one
-  std::unordered_map<std::string, std::unique_ptr<Family>> families_;
+  std::mutex families_mutex_;           // guards the next four
+  std::unordered_map<std::string, FamilyRef> families_;
+  std::vector<const Family*> numbered_;  // null: the number is free
+  std::vector<std::uint32_t> free_numbers_;
+  std::size_t forget_at_ = kLeastFamilies;  // size at which families without use are looked for
   Timeouts timeouts_;
   Scans scans_;
 };
