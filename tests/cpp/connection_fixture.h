@@ -16,7 +16,7 @@ namespace ratesync::testing {
 
 using namespace ratesync::postgres;
 
-inline constexpr auto kPatience = std::chrono::seconds(20);
+inline constexpr auto kPatience = std::chrono::seconds(60);
 
 inline ConnInfo info_of(const std::string& url) {
   Result<ConnInfo> info = parse_conninfo(url);

@@ -21,9 +21,9 @@ namespace ratesync::testing {
 
 using Table = std::vector<std::vector<std::string>>;
 
-// Runs the loop until `ready`; false after 30 s.
+// Runs the loop until `ready`; false after a minute.
 inline bool run_until(asio::io_context& io, const std::function<bool()>& ready) {
-  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(30);
+  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(60);
   while (!ready()) {
     if (std::chrono::steady_clock::now() > end) return false;
     io.restart();

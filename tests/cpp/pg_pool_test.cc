@@ -145,7 +145,7 @@ TEST_F(PgPoolTest, IsDownAfterRepeatedFailuresAndComesBackByItself) {
 
 TEST_F(PgPoolTest, CloseWaitsForALentConnectionButNotForEver) {
   ConnectionOptions connection;
-  connection.command_timeout = 50 * kMilli;
+  connection.command_timeout = 300 * kMilli;
   auto p = pool(sizes(0, 2), {}, connection);
   auto returned = get(*p), kept = get(*p);
   bool closed = false;

@@ -3,14 +3,11 @@
 // down with itself.
 #pragma once
 
-#include <arpa/inet.h>
 #include <fcntl.h>
 #include <glob.h>
 #include <grp.h>
-#include <netinet/in.h>
 #include <pwd.h>
 #include <signal.h>
-#include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
 #if defined(__linux__)
@@ -25,6 +22,8 @@
 #include <string>
 #include <thread>
 #include <vector>
+
+#include "held_port.h"
 
 namespace ratesync::testing {
 
@@ -41,7 +40,7 @@ class PostgresServer {
   // server's socket directory is known.
   [[nodiscard]] bool own() const { return pid_ > 0; }
   [[nodiscard]] const std::string& socket_directory() const { return directory_; }
-  [[nodiscard]] int port() const { return port_; }
+  [[nodiscard]] int port() const { return port_.number(); }
 
  private:
   PostgresServer() {
@@ -70,12 +69,11 @@ class PostgresServer {
       hba << "host all guarded 127.0.0.1/32 scram-sha-256\nhost all all 127.0.0.1/32 trust\nlocal all all "
              "trust\n";
     }
-    port_ = free_port();
-    pid_ = spawn({bin + "/postgres", "-D", data, "-k", directory_, "-p", std::to_string(port_), "-c",
+    pid_ = spawn({bin + "/postgres", "-D", data, "-k", directory_, "-p", port_.text(), "-c",
                   "listen_addresses=127.0.0.1", "-c", "fsync=off", "-c", "max_connections=20", "-c",
                   "superuser_reserved_connections=1", "-c",
                   "password_encryption=scram-sha-256"});  // md5 before 14
-    url_ = "postgresql://postgres@127.0.0.1:" + std::to_string(port_) + "/postgres";
+    url_ = "postgresql://postgres@127.0.0.1:" + port_.text() + "/postgres";
     wait_until_ready(data + "/postmaster.pid");
   }
 
@@ -130,34 +128,26 @@ class PostgresServer {
     return {std::istreambuf_iterator<char>(in), {}};
   }
 
-  void wait_until_ready(const std::string& pid_file) const {
-    for (int i = 0; i < 2'000; ++i) {
+  void wait_until_ready(const std::string& pid_file) {
+    const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(60);
+    for (;;) {
       std::ifstream in(pid_file);
       std::string line;
       for (int n = 0; n < 8 && std::getline(in, line); ++n) {
       }
       if (line.starts_with("ready")) return;
+      const bool ended = waitpid(pid_, nullptr, WNOHANG) == pid_;
+      if (ended) pid_ = 0;
+      if (ended || std::chrono::steady_clock::now() > end)
+        throw std::runtime_error(std::string("PostgreSQL ") +
+                                 (ended ? "did not start: " : "was not ready within 60 s: ") + log());
       std::this_thread::sleep_for(std::chrono::milliseconds(10));
     }
-    throw std::runtime_error("PostgreSQL did not start: " + log());
-  }
-
-  static int free_port() {
-    const int fd = socket(AF_INET, SOCK_STREAM, 0);
-    sockaddr_in address{};
-    address.sin_family = AF_INET;
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    socklen_t length = sizeof address;
-    if (bind(fd, reinterpret_cast<sockaddr*>(&address), length) != 0)
-      throw std::runtime_error("no free port");
-    getsockname(fd, reinterpret_cast<sockaddr*>(&address), &length);
-    close(fd);
-    return ntohs(address.sin_port);
   }
 
   std::string url_;
   std::string directory_;
-  int port_ = 0;
+  HeldPort port_;
   pid_t pid_ = 0;
   passwd* account_ = nullptr;
 };

@@ -182,7 +182,7 @@ TEST(PostgresTogether, WhatWasNotSentIsTakenBack) {
 TEST(PostgresTogether, ItsSlotsAreLeasesLikeOthersAndDoNotMixWithThem) {
   Schema schema;
   Process p(schema), other(schema);
-  const auto jobs = make_group("jobs", 0, 1, 4, 3 * kSecond / 2), more = make_group("more", 0, 1, 4);
+  const auto jobs = make_group("jobs", 0, 1, 4, 6 * kSecond), more = make_group("more", 0, 1, 4);
   const store::AcquireReply single = p.acquire(jobs);
   const All op = ask(p, {{jobs, 1}, {more, 1}});
   ASSERT_TRUE(op.granted);
@@ -345,7 +345,7 @@ TEST(PostgresTogether, ALostAnswerIsInDoubtAndTheSlotsHeal) {
   Process p(schema, [&](PostgresOptions& options) {
     options.url = "host=127.0.0.1 port=" + std::to_string(proxy->port());
     for (const auto& [key, value] : info.settings) options.url += " " + key + "='" + value + "'";
-    options.command_timeout = kSecond / 2;
+    options.command_timeout = kSecond;
     options.connect_timeout = 2 * kSecond;
   });
   const auto until = [&](const std::function<bool()>& ready) {

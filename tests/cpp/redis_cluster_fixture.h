@@ -24,16 +24,13 @@ class RedisClusterTest : public RedisStateTest {
  protected:
   // Four nodes: three primaries, then a replica of the first.
   struct Cluster {
+    std::array<HeldPort, 4> buses;
     std::vector<std::unique_ptr<RedisServer>> servers;
-    std::vector<int> buses;
     Cluster() {
-      for (int i = 0; i < 4; ++i) {
-        buses.push_back(RedisServer::free_port());
+      for (const HeldPort& bus : buses)
         servers.push_back(std::make_unique<RedisServer>(std::vector<std::string>{
-            "--cluster-enabled", "yes", "--cluster-node-timeout", "600", "--cluster-port",
-            std::to_string(buses.back()), "--cluster-replica-validity-factor", "0",
-            "--repl-diskless-sync-delay", "0"}));
-      }
+            "--cluster-enabled", "yes", "--cluster-node-timeout", "2000", "--cluster-port", bus.text(),
+            "--cluster-replica-validity-factor", "0", "--repl-diskless-sync-delay", "0"}));
     }
   };
   static Cluster& cluster() {
@@ -73,8 +70,7 @@ class RedisClusterTest : public RedisStateTest {
   void form() {
     for (int i = 0; i < 4; ++i) {
       say(i, {"CLUSTER", "SET-CONFIG-EPOCH", std::to_string(i + 1)});
-      say(0, {"CLUSTER", "MEET", "127.0.0.1", port(i),
-              std::to_string(cluster().buses[static_cast<std::size_t>(i)])});
+      say(0, {"CLUSTER", "MEET", "127.0.0.1", port(i), cluster().buses[static_cast<std::size_t>(i)].text()});
     }
     const std::array<int, 4> bounds = {0, 5461, 10'922, 16'384};
     for (std::size_t i = 0; i < 3; ++i)

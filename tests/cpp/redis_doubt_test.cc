@@ -44,7 +44,7 @@ class DoubtTest : public RedisStateTest {
     ASSERT_TRUE(wait_until([&] { return proxy_.held_back() > 0; }));
     do {
       seen = proxy_.held_back();
-      let_pass(50);
+      let_pass(400);
     } while (proxy_.held_back() != seen);
   }
   void hang_up() {

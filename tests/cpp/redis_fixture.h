@@ -20,7 +20,7 @@ namespace ratesync::testing {
 
 using namespace ratesync::redis;
 
-inline constexpr auto kPatience = std::chrono::seconds(30);
+inline constexpr auto kPatience = std::chrono::seconds(60);
 
 inline Command command(std::initializer_list<std::string_view> words) {
   Command out(*words.begin());

@@ -41,7 +41,7 @@ class RedisSentinelTest : public RedisTest {
       group_->sentinels.push_back(std::make_unique<RedisServer>(
           std::vector<std::string>{"--sentinel"}, false,
           fmt::format("requirepass watch\nsentinel monitor main 127.0.0.1 {} 2\nsentinel auth-pass main pw\n"
-                      "sentinel down-after-milliseconds main 400\nsentinel failover-timeout main 3000\n",
+                      "sentinel down-after-milliseconds main 1500\nsentinel failover-timeout main 3000\n",
                       port(0))));
     for (auto& sentinel : group_->sentinels) sentinels_.push_back(begin(*sentinel, "watch"));
     for (auto& sentinel : sentinels_)
@@ -71,9 +71,9 @@ class RedisSentinelTest : public RedisTest {
     hosts.pop_back();
     return fmt::format("redis+sentinel://:pw@{}/{}?sentinel_password={}", hosts, name, watch);
   }
-  Commander& named(const std::string& at) {
+  Commander& named(const std::string& at, Nanos timeout = 2 * kSecond) {
     CommanderOptions with;
-    with.socket_timeout = with.socket_connect_timeout = 2 * kSecond;
+    with.socket_timeout = with.socket_connect_timeout = timeout;
     commanders_.push_back(commander(at, with));
     return *commanders_.back();
   }
@@ -108,10 +108,10 @@ TEST_F(RedisSentinelTest, FindsThePrimaryAlsoWithSentinelsDeadOrHanging) {
   group_->sentinels[0]->kill();
   group_->sentinels[1]->freeze();
   const Nanos begin = clock_.now();
-  Commander& late = named(url());
+  Commander& late = named(url(), 50 * kSecond);
   EXPECT_TRUE(connected(late).ok());
   EXPECT_EQ(port_of(late), port(0));
-  EXPECT_LT(clock_.now() - begin, 2 * kSecond);
+  EXPECT_LT(clock_.now() - begin, 10 * kSecond) << "not as long as the one that hangs is waited for";
   group_->sentinels[1]->thaw();
 }
 
@@ -140,7 +140,7 @@ TEST_F(RedisSentinelTest, FollowsAFailoverAfterAKill) {
   group_->nodes[0]->kill();
   const Nanos begin = clock_.now();
   EXPECT_FALSE(ask(c, {"GET", "a"}, 100 * kMilli).ok());
-  EXPECT_LT(clock_.now() - begin, kSecond);
+  EXPECT_LT(clock_.now() - begin, 10 * kSecond);
   EXPECT_TRUE(wait_until([&] { return text(ask(c, {"GET", "a"})) == "1"; }));
   EXPECT_EQ(port_of(c), port(1));
   EXPECT_EQ(text(ask(c, {"SET", "a", "2"})), "OK");

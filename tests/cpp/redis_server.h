@@ -2,9 +2,7 @@
 // its own, and takes it down with itself. It can be killed, started again on the same port, and stopped.
 #pragma once
 
-#include <arpa/inet.h>
 #include <fcntl.h>
-#include <netinet/in.h>
 #include <signal.h>
 #include <sys/socket.h>
 #include <sys/un.h>
@@ -19,11 +17,15 @@
 #include <filesystem>
 #include <fstream>
 #include <iterator>
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <utility>
 #include <vector>
+
+#include "held_port.h"
 
 namespace ratesync::testing {
 
@@ -38,13 +40,12 @@ class RedisServer {
     char pattern[] = "/tmp/ratesync-redis-XXXXXX";
     if (!mkdtemp(pattern)) throw std::runtime_error("mkdtemp failed");
     directory_ = pattern;
-    port_ = free_port();
     if (!config.empty()) {
       config_ = directory_ + "/conf";
       std::ofstream(config_) << config;
     }
     if (tls) {
-      tls_port_ = free_port();
+      tls_port_.emplace();
       make_certificates();
     }
     start();
@@ -57,22 +58,21 @@ class RedisServer {
   RedisServer(const RedisServer&) = delete;
   RedisServer& operator=(const RedisServer&) = delete;
 
-  [[nodiscard]] int port() const { return port_; }
-  [[nodiscard]] int tls_port() const { return tls_port_; }
+  [[nodiscard]] int port() const { return port_.number(); }
+  [[nodiscard]] int tls_port() const { return tls_port_ ? tls_port_->number() : 0; }
   [[nodiscard]] std::string socket() const { return directory_ + "/sock"; }
   [[nodiscard]] const std::string& directory() const { return directory_; }
-  [[nodiscard]] std::string url() const { return "redis://127.0.0.1:" + std::to_string(port_) + "/0"; }
+  [[nodiscard]] std::string url() const { return "redis://127.0.0.1:" + port_.text() + "/0"; }
 
   void start() {
-    std::vector<std::string> command = {"redis-server", "--port",    std::to_string(port_),
-                                        "--unixsocket", socket(),    "--dir",
-                                        directory_,     "--save",    "",
-                                        "--bind",       "127.0.0.1", "--enable-debug-command",
-                                        "yes"};
+    std::vector<std::string> command = {
+        "redis-server", "--port", port_.text(), "--unixsocket", socket(),    "--dir",
+        directory_,     "--save", "",           "--bind",       "127.0.0.1", "--enable-debug-command",
+        "yes"};
     if (!config_.empty()) command.insert(command.begin() + 1, config_);
-    if (tls_port_ != 0)
+    if (tls_port_)
       for (const std::string& word :
-           {std::string("--tls-port"), std::to_string(tls_port_), std::string("--tls-ca-cert-file"),
+           {std::string("--tls-port"), tls_port_->text(), std::string("--tls-ca-cert-file"),
             directory_ + "/ca.pem", std::string("--tls-cert-file"), directory_ + "/server.pem",
             std::string("--tls-key-file"), directory_ + "/server.key", std::string("--tls-auth-clients"),
             std::string("optional")})
@@ -93,19 +93,6 @@ class RedisServer {
   }
   void freeze() const { ::kill(pid_, SIGSTOP); }
   void thaw() const { ::kill(pid_, SIGCONT); }
-
-  static int free_port() {
-    const int fd = ::socket(AF_INET, SOCK_STREAM, 0);
-    sockaddr_in address{};
-    address.sin_family = AF_INET;
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    socklen_t length = sizeof address;
-    if (bind(fd, reinterpret_cast<sockaddr*>(&address), length) != 0)
-      throw std::runtime_error("no free port");
-    getsockname(fd, reinterpret_cast<sockaddr*>(&address), &length);
-    close(fd);
-    return ntohs(address.sin_port);
-  }
 
  private:
   pid_t spawn(const std::vector<std::string>& command) const {
@@ -146,27 +133,32 @@ class RedisServer {
     }
   }
 
-  // Any answer will do, also that a password is wanted.
-  [[nodiscard]] bool answers() const {
-    const int fd = ::socket(AF_INET, SOCK_STREAM, 0);
-    sockaddr_in address{};
-    address.sin_family = AF_INET;
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    address.sin_port = htons(static_cast<std::uint16_t>(port_));
+  // Any answer will do, also that a password is wanted, but not that it still reads its data. Asked on the
+  // socket of our own directory, where nobody else answers.
+  [[nodiscard]] bool serves() const {
+    const int fd = ::socket(AF_UNIX, SOCK_STREAM, 0);
+    sockaddr_un address{};
+    address.sun_family = AF_UNIX;
+    socket().copy(address.sun_path, sizeof address.sun_path - 1);
     char answer[16];
-    const bool yes = ::connect(fd, reinterpret_cast<sockaddr*>(&address), sizeof address) == 0 &&
-                     ::write(fd, "PING\r\n", 6) == 6 && ::read(fd, answer, sizeof answer) > 0;
+    ssize_t size = -1;
+    if (::connect(fd, reinterpret_cast<sockaddr*>(&address), sizeof address) == 0 &&
+        ::write(fd, "PING\r\n", 6) == 6)
+      size = ::read(fd, answer, sizeof answer);
     close(fd);
-    return yes;
+    return size > 0 && !std::string_view(answer, static_cast<std::size_t>(size)).starts_with("-LOADING");
   }
 
-  void wait_until_ready() const {
-    for (int i = 0; i < 2'000; ++i) {
-      if (answers()) return;
-      if (waitpid(pid_, nullptr, WNOHANG) == pid_) break;
+  void wait_until_ready() {
+    const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(60);
+    while (!serves()) {
+      const bool ended = waitpid(pid_, nullptr, WNOHANG) == pid_;
+      if (ended) pid_ = 0;
+      if (ended || std::chrono::steady_clock::now() > end)
+        throw std::runtime_error(std::string("redis-server ") +
+                                 (ended ? "did not start: " : "did not serve within 60 s: ") + log());
       std::this_thread::sleep_for(std::chrono::milliseconds(5));
     }
-    throw std::runtime_error("redis-server did not start: " + log());
   }
 
   [[nodiscard]] std::string log() const {
@@ -177,8 +169,8 @@ class RedisServer {
   const std::vector<std::string> arguments_;
   std::string directory_;
   std::string config_;
-  int port_ = 0;
-  int tls_port_ = 0;
+  HeldPort port_;
+  std::optional<HeldPort> tls_port_;
   pid_t pid_ = 0;
 };
 
