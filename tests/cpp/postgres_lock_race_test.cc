@@ -394,6 +394,7 @@ TEST_F(LockFault, AnswersThatWereLostAreAskedForAgainAndAreTheSame) {
   const store::LockReply broken = run(Verb::acquire, "broken", 60'000);
   const store::LockReply stale = run(Verb::acquire, "stale", 60'000);
   run(Verb::release, "stale", 0, stale.token);
+  warm_up();
   p.proxy->stall();
   const auto take = send(locks, Verb::acquire, "taken", 60'000);
   const auto release = send(locks, Verb::release, "first", 0, first.token);
