@@ -65,6 +65,7 @@ LIBRARIES: list[tuple[str, dict[str, str]]] = [
         },
     ),
     (r"asio(/.*)?\.hpp", {"net/": "the only owner of Asio"}),
+    (r"fmt/(core|format)\.h", {"base/format.h": "formatted(), whose printers are compiled once"}),
     (r"hiredis.*|openssl/.*", {"redis/": "the RESP reader", "net/": "TLS"}),
     (r"Python\.h|pybind11/.*|structmember\.h", {"bindings/": "the only folder that knows Python"}),
 ]

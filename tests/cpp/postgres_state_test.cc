@@ -1,6 +1,6 @@
 // Every verb on a real server, alone, merged with others, and all or nothing.
-#include <fmt/format.h>
 
+#include "ratesync/base/format.h"
 #include "state_rig.h"
 
 using namespace ratesync;
@@ -252,7 +252,7 @@ TEST(PostgresState, WhereNobodyWasRefusedOfLateCreationsDoNotLookAndStillFindWha
   };
   std::vector<std::unique_ptr<Operation>> fresh;
   for (int i = 0; i < 100; ++i)
-    fresh.push_back(std::make_unique<Operation>(Verb::create, fmt::format("key-{}", i)));
+    fresh.push_back(std::make_unique<Operation>(Verb::create, formatted("key-{}", i)));
   fresh[7]->with(text("seven"));
   trips(fresh);
   p.ask(Operation(Verb::create, "short").expires(1));
@@ -267,7 +267,7 @@ TEST(PostgresState, WhereNobodyWasRefusedOfLateCreationsDoNotLookAndStillFindWha
   EXPECT_EQ(trips(alone), 1u) << "a lone one looks at once";
   EXPECT_EQ(alone[0]->reply.outcome, Outcome::exists);
   for (int i = 100; i < 700; ++i)
-    fresh.push_back(std::make_unique<Operation>(Verb::create, fmt::format("key-{}", i)));
+    fresh.push_back(std::make_unique<Operation>(Verb::create, formatted("key-{}", i)));
   fresh.erase(fresh.begin(), fresh.begin() + 100);
   trips(fresh);  // the refusal is forgotten
   for (const std::uint64_t expected : {2u, 1u}) {

@@ -1,8 +1,6 @@
 // A Redis Cluster of three primaries, one of them with a replica, all real: what its tests share.
 #pragma once
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <array>
 #include <iterator>
@@ -10,6 +8,7 @@
 #include <set>
 #include <sstream>
 
+#include "ratesync/base/format.h"
 #include "ratesync/redis/slots.h"
 #include "redis_state_rig.h"
 
@@ -132,7 +131,7 @@ class RedisClusterTest : public RedisStateTest {
   // A key of this node's share of the slots.
   static std::string key_at(int node, int number = 0) {
     for (int i = 0;; ++i) {
-      std::string key = fmt::format("k{}", i);
+      std::string key = formatted("k{}", i);
       if (hash_slot(key) / 5462 == node && number-- == 0) return key;
     }
   }

@@ -1,4 +1,5 @@
 // State and locks on a real Redis Cluster: every shard in a slot of its own.
+#include "ratesync/base/format.h"
 #include "redis_cluster_fixture.h"
 
 namespace ratesync::testing {
@@ -35,7 +36,7 @@ class ClusterStateTest : public RedisClusterTest {
   // A key whose shard lies on this node.
   std::string key_on(int node, int number = 0) {
     for (int i = 0;; ++i) {
-      std::string key = fmt::format("k{}", i);
+      std::string key = formatted("k{}", i);
       if (slot_of_shard(shard_of(key)) / 5462 == node && number-- == 0) return key;
     }
   }
@@ -45,8 +46,8 @@ class ClusterStateTest : public RedisClusterTest {
 
 TEST_F(ClusterStateTest, EveryOperationOnEveryNode) {
   std::vector<WaitedOp*> all;
-  for (int i = 0; i < 300; ++i) all.push_back(&start(StateVerb::create, fmt::format("c{}", i)));
-  for (int i = 0; i < 300; ++i) all.push_back(&start(StateVerb::add, fmt::format("n{}", i % 50)));
+  for (int i = 0; i < 300; ++i) all.push_back(&start(StateVerb::create, formatted("c{}", i)));
+  for (int i = 0; i < 300; ++i) all.push_back(&start(StateVerb::add, formatted("n{}", i % 50)));
   for (WaitedOp* op : all) good(*op);
   EXPECT_EQ(good(start(StateVerb::get, "n7")).value, number_value(6));
   EXPECT_EQ(good(start(StateVerb::get, "c299")).version, 1);
@@ -64,7 +65,7 @@ TEST_F(ClusterStateTest, EveryOperationOnEveryNode) {
   EXPECT_EQ(found.size(), 300u);
 
   for (int i = 0; i < 100; ++i) {
-    WaitedOp& op = make(StateVerb::remove, fmt::format("c{}", i));
+    WaitedOp& op = make(StateVerb::remove, formatted("c{}", i));
     op.expected = store::kAnyVersion;
     EXPECT_EQ(run(here(), op).outcome, Outcome::done);
   }
@@ -75,7 +76,7 @@ TEST_F(ClusterStateTest, EveryOperationOnEveryNode) {
 
 TEST_F(ClusterStateTest, TheOldestTimeoutsOfAllShards) {
   for (int i = 0; i < 60; ++i) {
-    WaitedOp& op = make(StateVerb::schedule, fmt::format("t{:02}", i));
+    WaitedOp& op = make(StateVerb::schedule, formatted("t{:02}", i));
     op.due = -10'000 + i * 10;
     op.due_in = true;
     run(here(), op);
@@ -87,7 +88,7 @@ TEST_F(ClusterStateTest, TheOldestTimeoutsOfAllShards) {
     ASSERT_TRUE(got.ok()) << got.status().message;
     for (const store::DueKey& key : got.value()) keys.push_back(key.key);
   }
-  for (int i = 0; i < 60; ++i) expected.push_back(fmt::format("t{:02}", i));
+  for (int i = 0; i < 60; ++i) expected.push_back(formatted("t{:02}", i));
   EXPECT_EQ(keys, expected);
 }
 
@@ -104,7 +105,7 @@ TEST_F(ClusterStateTest, ABatchWantsOneSlot) {
   with.hash_tag = "all";
   store::StateStore& together = state(open(url(), with));
   WaitedBatch batch;
-  for (int i = 0; i < 40; ++i) batch.ops.push_back(&make(StateVerb::create, fmt::format("k{}", i)));
+  for (int i = 0; i < 40; ++i) batch.ops.push_back(&make(StateVerb::create, formatted("k{}", i)));
   together.submit(&batch);
   ASSERT_TRUE(wait_until([&] { return batch.ended > 0; }));
   EXPECT_TRUE(batch.applied) << batch.status.message;
@@ -188,7 +189,7 @@ TEST_F(ClusterStateTest, LocksAndThoseWhoWait) {
     return op.reply;
   };
   for (int i = 0; i < 12; ++i) {
-    const std::string name = fmt::format("l{}", i);
+    const std::string name = formatted("l{}", i);
     int heard = 0;
     second.value()->on_freed([&](const Space&, const std::string& freed) { heard += freed == name; });
     const std::int64_t token = lock(*first.value(), LockOp::Verb::acquire, name, 0, false).token;

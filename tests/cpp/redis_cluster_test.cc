@@ -1,8 +1,8 @@
 // The Commander over a Redis Cluster of three primaries, one of them with a replica, all real.
-#include <fmt/format.h>
 
 #include <algorithm>
 
+#include "ratesync/base/format.h"
 #include "ratesync/redis/cluster.h"
 #include "redis_cluster_fixture.h"
 
@@ -17,7 +17,7 @@ TEST_F(RedisClusterTest, SendsEachKeyToItsOwner) {
   EXPECT_TRUE(connect_all(c).ok());
   EXPECT_TRUE(c.clustered());
   for (int i = 0; i < 30; ++i) {
-    const std::string key = fmt::format("{{t{}}}:x", i);
+    const std::string key = formatted("{{t{}}}:x", i);
     EXPECT_EQ(text(keyed(c, key, {"SET", key, "v"})), "OK");
     EXPECT_EQ(say(0, {"CLUSTER", "KEYSLOT", key}).value().integer, c.slot_of(key));
   }
@@ -75,15 +75,15 @@ TEST_F(RedisClusterTest, TakesTlsAndPasswordToEveryNode) {
     return text(send(*control, {"CLUSTER", "INFO"})).find("cluster_state:ok") != std::string::npos;
   }));
   for (const char* scheme : {"rediss+cluster", "rediss"}) {
-    Commander& c = cluster_commander(fmt::format("{}://:p%20w@localhost:{}?ssl_ca_certs={}/ca.pem", scheme,
-                                                 node.tls_port(), node.directory()));
+    Commander& c = cluster_commander(formatted("{}://:p%20w@localhost:{}?ssl_ca_certs={}/ca.pem", scheme,
+                                               node.tls_port(), node.directory()));
     const Status status = connect_all(c);
     EXPECT_TRUE(status.ok()) << status.message;
     EXPECT_TRUE(c.clustered());
     EXPECT_EQ(text(keyed(c, "a", {"SET", "a", "1"})), "OK");
     EXPECT_EQ(c.target().find("p%20w"), std::string::npos) << c.target();
   }
-  Commander& wrong = cluster_commander(fmt::format("redis+cluster://:w%20w@127.0.0.1:{}", node.port()));
+  Commander& wrong = cluster_commander(formatted("redis+cluster://:w%20w@127.0.0.1:{}", node.port()));
   const Status status = connect_all(wrong);
   EXPECT_EQ(status.sqlstate, "WRONGPASS") << status.message;
   // Put right while it is in use.
@@ -105,7 +105,7 @@ TEST_F(RedisClusterTest, LeavesASingleServerASingleServer) {
 
 TEST_F(RedisClusterTest, SaysThatAServerIsNoCluster) {
   RedisServer alone;
-  Commander& c = cluster_commander(fmt::format("redis+cluster://127.0.0.1:{}", alone.port()));
+  Commander& c = cluster_commander(formatted("redis+cluster://127.0.0.1:{}", alone.port()));
   const Status status = connect_all(c);
   EXPECT_EQ(status.code, Code::server);
   EXPECT_NE(status.message.find("cluster support disabled"), std::string::npos) << status.message;
@@ -152,7 +152,7 @@ TEST_F(RedisClusterTest, FollowsMovedAndAsksForTheMap) {
 TEST_F(RedisClusterTest, FollowsAskAlsoForScriptsThatMustBeLoadedThere) {
   Commander& c = cluster_commander();
   ASSERT_TRUE(connect_all(c).ok());
-  const std::string key = key_at(1), fresh = fmt::format("{{{}}}:fresh", key);
+  const std::string key = key_at(1), fresh = formatted("{{{}}}:fresh", key);
   keyed(c, key, {"SET", key, "1"});
   Script script = kPut;
   script.sha1 = text(say(1, {"SCRIPT", "LOAD", script.source}));

@@ -1,8 +1,8 @@
 // What a Redis keeps of rows that are over, and what a scan of many holds.
-#include <fmt/format.h>
 
 #include <map>
 
+#include "ratesync/base/format.h"
 #include "ratesync/redis/state_store.h"
 #include "redis_state_rig.h"
 
@@ -55,7 +55,7 @@ TEST_F(PurgeTest, WhoLivesShortlyClearsAwayWithItsWrites) {
     store::StateStore& on = state(brief);
     std::vector<WaitedOp*> all;
     for (int k = 0; k < keys; ++k) {
-      WaitedOp& op = make(StateVerb::create, fmt::format("dedup{}", (i * keys + k) % 1'500));
+      WaitedOp& op = make(StateVerb::create, formatted("dedup{}", (i * keys + k) % 1'500));
       op.ttl = 60'000;
       all.push_back(&op);
       on.submit(&op);
@@ -88,9 +88,9 @@ TEST_F(PurgeTest, WhoLivesShortlyClearsAwayWithItsWrites) {
 }
 
 TEST_F(PurgeTest, SoonAfterItsStartAProcessClearsAwayByItself) {
-  for (int i = 0; i < 300; ++i) state().submit(&make(StateVerb::create, fmt::format("k{}", i)));
+  for (int i = 0; i < 300; ++i) state().submit(&make(StateVerb::create, formatted("k{}", i)));
   for (WaitedOp& op : ops_) ASSERT_TRUE(wait_until([&] { return op.ended > 0; }));
-  for (int i = 0; i < 300; ++i) touch(fmt::format("k{}", i), 1'000);
+  for (int i = 0; i < 300; ++i) touch(formatted("k{}", i), 1'000);
   EXPECT_TRUE(say({"EVAL", kAge, "0", prefix(), "120000"}).ok());
   EXPECT_TRUE(say({"DEL", prefix() + "purging:{0}"}).ok());
   store::StateStore& second = state(open(shared_server().url()));
@@ -101,12 +101,12 @@ TEST_F(PurgeTest, SoonAfterItsStartAProcessClearsAwayByItself) {
 
 TEST_F(PurgeTest, AnIndexThatIsWrongHoldsNobodyUp) {
   const std::string index =
-      fmt::format("{}expiring:{{{}}}", prefix(), store::bucket_of(*space_, "k", "a") % 64);
+      formatted("{}expiring:{{{}}}", prefix(), store::bucket_of(*space_, "k", "a") % 64);
   create("a", 1);
   let_pass(2);
   const std::string living = [&] {  // in the same shard
     for (int i = 0;; ++i) {
-      std::string key = fmt::format("l{}", i);
+      std::string key = formatted("l{}", i);
       if (store::bucket_of(*space_, "k", key) % 64 == store::bucket_of(*space_, "k", "a") % 64) return key;
     }
   }();

@@ -1,6 +1,6 @@
 // The Commander over a primary that Sentinels name: two servers and three Sentinels, all real.
-#include <fmt/format.h>
 
+#include "ratesync/base/format.h"
 #include "ratesync/redis/sentinel.h"
 #include "redis_fixture.h"
 
@@ -40,9 +40,9 @@ class RedisSentinelTest : public RedisTest {
     for (int i = 0; i < 3; ++i)
       group_->sentinels.push_back(std::make_unique<RedisServer>(
           std::vector<std::string>{"--sentinel"}, false,
-          fmt::format("requirepass watch\nsentinel monitor main 127.0.0.1 {} 2\nsentinel auth-pass main pw\n"
-                      "sentinel down-after-milliseconds main 1500\nsentinel failover-timeout main 3000\n",
-                      port(0))));
+          formatted("requirepass watch\nsentinel monitor main 127.0.0.1 {} 2\nsentinel auth-pass main pw\n"
+                    "sentinel down-after-milliseconds main 1500\nsentinel failover-timeout main 3000\n",
+                    port(0))));
     for (auto& sentinel : group_->sentinels) sentinels_.push_back(begin(*sentinel, "watch"));
     for (auto& sentinel : sentinels_)
       ASSERT_TRUE(wait_until([&] {
@@ -67,9 +67,9 @@ class RedisSentinelTest : public RedisTest {
   Answer send_to(Connection& c, std::initializer_list<std::string_view> words) { return send(c, words); }
   std::string url(const std::string& name = "main", const std::string& watch = "watch") {
     std::string hosts;
-    for (auto& sentinel : group_->sentinels) hosts += fmt::format("127.0.0.1:{},", sentinel->port());
+    for (auto& sentinel : group_->sentinels) hosts += formatted("127.0.0.1:{},", sentinel->port());
     hosts.pop_back();
-    return fmt::format("redis+sentinel://:pw@{}/{}?sentinel_password={}", hosts, name, watch);
+    return formatted("redis+sentinel://:pw@{}/{}?sentinel_password={}", hosts, name, watch);
   }
   Commander& named(const std::string& at, Nanos timeout = 2 * kSecond) {
     CommanderOptions with;

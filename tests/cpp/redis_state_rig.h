@@ -1,11 +1,10 @@
 // What the tests of state and locks in Redis share: a store, and operations that wait for their end.
 #pragma once
 
-#include <fmt/format.h>
-
 #include <deque>
 #include <limits>
 
+#include "ratesync/base/format.h"
 #include "ratesync/redis/redis_store.h"
 #include "redis_fixture.h"
 
@@ -164,8 +163,8 @@ class RedisStateTest : public RedisTest {
     return send(*control_, words);
   }
   std::string row_name(const std::string& key) {
-    return fmt::format("{}state:{{{}}}:default:default:k:{}", prefix(),
-                       store::bucket_of(*space_, "k", key) % 64, key);
+    return formatted("{}state:{{{}}}:default:default:k:{}", prefix(),
+                     store::bucket_of(*space_, "k", key) % 64, key);
   }
   std::int64_t server_ms() {
     const Result<Reply> time = say({"TIME"});

@@ -1,8 +1,8 @@
 // State in a real Redis: what each operation does, to whom, and for how long.
-#include <fmt/format.h>
 
 #include <set>
 
+#include "ratesync/base/format.h"
 #include "redis_state_rig.h"
 
 namespace ratesync::testing {
@@ -184,7 +184,7 @@ TEST_F(StateTest, VersionsOutliveTheirRows) {
   EXPECT_EQ(get("stays").outcome, Outcome::done);
   EXPECT_EQ(create("a").version, 5);
   EXPECT_EQ(add("removed", 1).version, 2);
-  for (int i = 0; i < 300; ++i) create(fmt::format("many{}", i), 1);
+  for (int i = 0; i < 300; ++i) create(formatted("many{}", i), 1);
   let_pass(2);
   EXPECT_EQ(purge(state(), 10), 10);
   EXPECT_EQ(purge(state()), 290);
@@ -323,7 +323,7 @@ TEST_F(StateTest, TakenBackWhatWasNotSent) {
 TEST_F(StateTest, ScanDeliversEachRowOnce) {
   std::set<std::string> expected;
   for (int i = 0; i < 1'200; ++i) {
-    const std::string key = fmt::format("a*{}", i);
+    const std::string key = formatted("a*{}", i);
     expected.insert(key);
     state().submit(&make(StateVerb::create, key));
   }
@@ -370,7 +370,7 @@ TEST_F(StateTest, TimeoutsAreClaimedOnce) {
     op.kind = kind;
     EXPECT_EQ(run(op).outcome, Outcome::done);
   };
-  for (int i = 0; i < 40; ++i) schedule(fmt::format("t{}", i), -1'000 + i);
+  for (int i = 0; i < 40; ++i) schedule(formatted("t{}", i), -1'000 + i);
   schedule("later", 60'000);
   schedule("o:ther", -5'000, "kind:2");
   store::StateStore& second = state(open(shared_server().url()));
@@ -447,7 +447,7 @@ TEST_F(StateTest, RightsOnItsOwnPrefixAreEnough) {
     ASSERT_TRUE(wait_until([&] { return set.has_value(); }));
     ASSERT_EQ(text(*set), "OK");
 
-    store::Store& store = open(fmt::format("redis://{}:p@127.0.0.1:{}", name, shared_server().port()));
+    store::Store& store = open(formatted("redis://{}:p@127.0.0.1:{}", name, shared_server().port()));
     store::StateStore& mine = state(store);
     WaitedOp& op = make(StateVerb::create, "rights");
     op.ttl = 60'000;

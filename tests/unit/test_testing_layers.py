@@ -38,6 +38,7 @@ def tree(root: Path, file: str, text: str) -> Path:
         ("cpp/ratesync/postgres/a.cc", '  #  include "ratesync/redis/resp.h"', "postgres may include"),
         ("cpp/ratesync/pool/a.cc", '#include "ratesync/net/io_thread.h"', "pool may include base"),
         ("cpp/ratesync/base/a.h", '#include "status.h"', "full path"),
+        ("cpp/ratesync/redis/a.cc", "#include <fmt/format.h>", "base/format.h only"),
         ("cpp/ratesync/extra/a.h", "", "not a layer"),
         (
             "cpp/ratesync/engine/a.cc",

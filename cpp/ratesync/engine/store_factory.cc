@@ -1,7 +1,6 @@
 #include "ratesync/engine/store_factory.h"
 
-#include <fmt/format.h>
-
+#include "ratesync/base/format.h"
 #include "ratesync/memory/memory_store.h"
 #ifdef RATESYNC_HAS_POSTGRES
 #include "ratesync/postgres/postgres_store.h"
@@ -52,7 +51,7 @@ class Reader {
   Status finish() {
     if (status_.ok() && !left_.empty())
       status_ = Status::make(Code::invalid,
-                             fmt::format("the {} store has no option '{}'", kind_, left_.begin()->first));
+                             formatted("the {} store has no option '{}'", kind_, left_.begin()->first));
     return status_;
   }
 
@@ -68,7 +67,7 @@ class Reader {
     const auto found = left_.find(name);
     if (found == left_.end()) return;
     if (!take_it(found->second) && status_.ok())
-      status_ = Status::make(Code::invalid, fmt::format("option {}: expected {}", name, expected));
+      status_ = Status::make(Code::invalid, formatted("option {}: expected {}", name, expected));
     left_.erase(found);
   }
 
@@ -133,7 +132,7 @@ Result<std::unique_ptr<store::Store>> make_store(const std::string& kind, const 
   if (kind == "memory") {
     if (!options.empty())
       return Status::make(Code::invalid,
-                          fmt::format("the memory store has no options, got '{}'", options.begin()->first));
+                          formatted("the memory store has no options, got '{}'", options.begin()->first));
     return std::unique_ptr<store::Store>(std::make_unique<memory::MemoryStore>(clock));
   }
   if (kind == "postgres") {
@@ -160,7 +159,7 @@ Result<std::unique_ptr<store::Store>> make_store(const std::string& kind, const 
 #endif
   }
   return Status::make(Code::invalid,
-                      fmt::format("unknown engine '{}': expected memory, postgres or redis", kind));
+                      formatted("unknown engine '{}': expected memory, postgres or redis", kind));
 }
 
 }  // namespace ratesync::engine

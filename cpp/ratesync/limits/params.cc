@@ -1,16 +1,16 @@
 #include "ratesync/limits/params.h"
 
-#include <fmt/format.h>
-
 #include <array>
 #include <cmath>
+
+#include "ratesync/base/format.h"
 
 namespace ratesync::limits {
 
 namespace {
 
 Status bad(std::string_view field, std::string_view expected, const std::string& received) {
-  return Status::make(Code::invalid, fmt::format("{}: expected {}, got {}", field, expected, received));
+  return Status::make(Code::invalid, formatted("{}: expected {}, got {}", field, expected, received));
 }
 
 Status validate_bucket(const Params& p) {
@@ -19,27 +19,27 @@ Status validate_bucket(const Params& p) {
   if (p.rate_per_second != 0) {
     if (!std::isfinite(p.rate_per_second) || p.rate_per_second <= 0 || p.rate_per_second > kMaxRate)
       return bad("rate_per_second", "a finite number above 0 and at most 1e9",
-                 fmt::format("{}", p.rate_per_second));
+                 formatted("{}", p.rate_per_second));
     const double horizon = static_cast<double>(p.burst) * p.interval();
     if (horizon > static_cast<double>(kMaxHorizon))
       return bad("rate_per_second", "a rate that refills the burst within 31 years",
-                 fmt::format("{} with burst {}", p.rate_per_second, p.burst));
+                 formatted("{} with burst {}", p.rate_per_second, p.burst));
   }
   if (p.burst < 1 || p.burst > kMaxBurst)
-    return bad("burst", "a whole number from 1 to 1000000000", fmt::format("{}", p.burst));
+    return bad("burst", "a whole number from 1 to 1000000000", formatted("{}", p.burst));
   return Status::success();
 }
 
 Status validate_window(const Params& p) {
   if (p.limit == 0 || p.window == 0)
     return bad(p.limit == 0 ? "limit" : "window_seconds",
-               fmt::format("both limit and window_seconds, which {} needs", to_string(p.algorithm)),
+               formatted("both limit and window_seconds, which {} needs", to_string(p.algorithm)),
                p.limit != 0 || p.window != 0 ? "only one of them" : "neither");
   if (p.limit < 1 || p.limit > kMaxLimit)
-    return bad("limit", "a whole number from 1 to 1000000000", fmt::format("{}", p.limit));
+    return bad("limit", "a whole number from 1 to 1000000000", formatted("{}", p.limit));
   if (p.window < kMinWindow || p.window > kMaxWindow || p.window % kMicro != 0)
     return bad("window_seconds", "0.001 to 31622400 seconds, in whole microseconds",
-               fmt::format("{} ns", p.window));
+               formatted("{} ns", p.window));
   return Status::success();
 }
 
@@ -63,28 +63,27 @@ Status validate(const Params& p) {
   Status status = p.is_window() ? validate_window(p) : validate_bucket(p);
   if (!status.ok()) return status;
   if (p.max_concurrent < 0 || p.max_concurrent > kMaxConcurrent)
-    return bad("max_concurrent", "a whole number from 1 to 1000000000", fmt::format("{}", p.max_concurrent));
-  if (p.timing_margin < 0) return bad("timing_margin_ms", "0 or more", fmt::format("{} ns", p.timing_margin));
+    return bad("max_concurrent", "a whole number from 1 to 1000000000", formatted("{}", p.max_concurrent));
+  if (p.timing_margin < 0) return bad("timing_margin_ms", "0 or more", formatted("{} ns", p.timing_margin));
   if (p.lease < kSecond / 10 || p.lease > 86'400 * kSecond)
-    return bad("lease_seconds", "a number from 0.1 to 86400", fmt::format("{} ns", p.lease));
+    return bad("lease_seconds", "a number from 0.1 to 86400", formatted("{} ns", p.lease));
   return Status::success();
 }
 
 Status validate_cost(const Params& p, std::int64_t cost) {
   if (p.is_window() && cost > p.limit)
-    return bad(
-        "cost",
-        fmt::format("at most the limit of {} per window, beyond which it can never be granted", p.limit),
-        fmt::format("{}", cost));
+    return bad("cost",
+               formatted("at most the limit of {} per window, beyond which it can never be granted", p.limit),
+               formatted("{}", cost));
   return validate_actual(p, cost);
 }
 
 Status validate_actual(const Params& p, std::int64_t cost) {
-  if (cost < 1) return bad("cost", "a whole number of at least 1", fmt::format("{}", cost));
+  if (cost < 1) return bad("cost", "a whole number of at least 1", formatted("{}", cost));
   if (p.is_window()) {
-    if (cost > kMaxLimit) return bad("cost", "at most 1000000000", fmt::format("{}", cost));
+    if (cost > kMaxLimit) return bad("cost", "at most 1000000000", formatted("{}", cost));
   } else if (p.has_rate() && static_cast<double>(cost) * p.interval() > static_cast<double>(kMaxHorizon)) {
-    return bad("cost", "a cost that the rate can carry within 31 years", fmt::format("{}", cost));
+    return bad("cost", "a cost that the rate can carry within 31 years", formatted("{}", cost));
   }
   return Status::success();
 }

@@ -1,6 +1,5 @@
 #include "ratesync/net/stream.h"
 
-#include <fmt/format.h>
 #include <netinet/tcp.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -17,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "ratesync/base/format.h"
 #include "ratesync/net/resolver.h"
 #include "ratesync/net/tls.h"
 
@@ -113,8 +113,8 @@ void NetStream::resolve() {
   if (!target_.path.empty()) {
     if (target_.path.size() >= sizeof(sockaddr_un::sun_path))
       return finish_connect(
-          Status::make(Code::invalid, fmt::format("the path of the Unix socket is longer than {} bytes: {}",
-                                                  sizeof(sockaddr_un::sun_path) - 1, target_.path)));
+          Status::make(Code::invalid, formatted("the path of the Unix socket is longer than {} bytes: {}",
+                                                sizeof(sockaddr_un::sun_path) - 1, target_.path)));
     endpoints_ = {asio::local::stream_protocol::endpoint(target_.path)};
     return next_address();
   }
@@ -150,8 +150,8 @@ void NetStream::connect_to(const Endpoint& endpoint) {
     if (self->closed_ || self->step_ != step) return;
     if (error)
       return self->attempt_failed(Status::make(
-          Code::unavailable, fmt::format("could not connect to {} after {:.0f} ms: {}",
-                                         self->target_.describe(), self->elapsed_ms(), error.message())));
+          Code::unavailable, formatted("could not connect to {} after {:.0f} ms: {}",
+                                       self->target_.describe(), self->elapsed_ms(), error.message())));
     if (self->target_.path.empty()) set_tcp_options(link->socket);
     asio::error_code ignored;
     link->socket.non_blocking(true, ignored);
@@ -183,8 +183,8 @@ void NetStream::arm(Nanos deadline) {
     if (ec || !me || me->closed_ || me->step_ != step || !me->connected_) return;
     me->resolver_->cancel();
     me->attempt_failed(
-        Status::make(Code::unavailable, fmt::format("could not connect to {}: {} after {:.0f} ms",
-                                                    me->target_.describe(), me->doing_, me->elapsed_ms())));
+        Status::make(Code::unavailable, formatted("could not connect to {}: {} after {:.0f} ms",
+                                                  me->target_.describe(), me->doing_, me->elapsed_ms())));
   });
 }
 
@@ -238,8 +238,8 @@ bool NetStream::write(std::string_view bytes, Done done) {
 Status NetStream::broken(std::string_view doing, const asio::error_code& ec) const {
   const bool ended = ec == asio::error::eof || ec == asio::ssl::error::stream_truncated;
   return Status::make(Code::unavailable,
-                      fmt::format("{} {}: {}", doing, target_.describe(),
-                                  ended ? std::string("the server closed the connection") : ec.message()));
+                      formatted("{} {}: {}", doing, target_.describe(),
+                                ended ? std::string("the server closed the connection") : ec.message()));
 }
 
 void NetStream::close() {
@@ -267,7 +267,7 @@ void NetStream::abandon_after_fork() {
 std::string StreamTarget::describe() const {
   if (!path.empty()) return path;
   const bool v6 = host.find(':') != std::string::npos;
-  return fmt::format("{}{}{}:{}", v6 ? "[" : "", host, v6 ? "]" : "", port);
+  return formatted("{}{}{}:{}", v6 ? "[" : "", host, v6 ? "]" : "", port);
 }
 
 std::shared_ptr<Stream> Stream::create(asio::io_context& io, StreamTarget target) {

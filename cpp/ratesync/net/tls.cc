@@ -1,11 +1,11 @@
 #include "ratesync/net/tls.h"
 
-#include <fmt/format.h>
 #include <openssl/ssl.h>
 #include <openssl/x509v3.h>
 
 #include <asio/ssl/error.hpp>
 
+#include "ratesync/base/format.h"
 #include "ratesync/net/resolver.h"
 
 namespace ratesync::net {
@@ -15,8 +15,8 @@ Status bad_file(std::string_view what, std::string_view option, const std::strin
                 const asio::error_code& ec) {
   return Status::make(
       Code::invalid,
-      fmt::format("cannot use the {} \"{}\" ({}): {}. A PEM file that this process may read is wanted.", what,
-                  file, option, ec.message()));
+      formatted("cannot use the {} \"{}\" ({}): {}. A PEM file that this process may read is wanted.", what,
+                file, option, ec.message()));
 }
 
 }  // namespace
@@ -56,7 +56,7 @@ Status prepare_tls(SSL* ssl, const std::string& host, const TlsOptions& options)
     SSL_set_hostflags(ssl, X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS);
   }
   if (fine) return Status::success();
-  return Status::make(Code::invalid, fmt::format("\"{}\" is no host name that TLS can verify", host));
+  return Status::make(Code::invalid, formatted("\"{}\" is no host name that TLS can verify", host));
 }
 
 Status tls_failure(SSL* ssl, const asio::error_code& ec, const StreamTarget& target) {
@@ -64,7 +64,7 @@ Status tls_failure(SSL* ssl, const asio::error_code& ec, const StreamTarget& tar
   if (verdict != X509_V_OK && target.tls.verify)
     return Status::make(
         Code::server,
-        fmt::format(
+        formatted(
             "the TLS certificate of {} was not accepted: {}. Name its authority with ssl_ca_certs=FILE, "
             "connect by a name that the certificate holds, or (testing only) set ssl_cert_reqs=none.",
             target.describe(), X509_verify_cert_error_string(verdict)));
@@ -73,11 +73,11 @@ Status tls_failure(SSL* ssl, const asio::error_code& ec, const StreamTarget& tar
       ec.category() == asio::error::get_misc_category())
     return Status::make(
         Code::unavailable,
-        fmt::format("TLS handshake with {} broke off: {}. Is that port TLS? Without TLS the url begins "
-                    "with redis:// instead of rediss://.",
-                    target.describe(), reason));
-  return Status::make(
-      Code::server, fmt::format("TLS handshake with {} failed: {}. Does the port speak TLS (if not: redis:// "
+        formatted("TLS handshake with {} broke off: {}. Is that port TLS? Without TLS the url begins "
+                  "with redis:// instead of rediss://.",
+                  target.describe(), reason));
+  return Status::make(Code::server,
+                      formatted("TLS handshake with {} failed: {}. Does the port speak TLS (if not: redis:// "
                                 "instead of rediss://), and does it want a client certificate "
                                 "(ssl_certfile, ssl_keyfile)?",
                                 target.describe(), reason));

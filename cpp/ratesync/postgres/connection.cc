@@ -1,11 +1,10 @@
 #include "ratesync/postgres/connection.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <asio/post.hpp>
 #include <asio/steady_timer.hpp>
 
+#include "ratesync/base/format.h"
 #include "ratesync/postgres/connector.h"
 #include "ratesync/postgres/errors.h"
 #include "ratesync/postgres/libpq.h"
@@ -105,8 +104,8 @@ class PgConnection final : public Connection {
 
 std::string PgConnection::peer() const {
   if (context_.host.empty() && context_.port.empty()) return info_.describe();
-  return fmt::format("{}:{}/{}", context_.host.empty() ? "local socket" : context_.host, context_.port,
-                     context_.database);
+  return formatted("{}:{}/{}", context_.host.empty() ? "local socket" : context_.host, context_.port,
+                   context_.database);
 }
 
 void PgConnection::connect(Done done) {
@@ -143,9 +142,9 @@ void PgConnection::established(Established session) {
   };
   if (encoding && std::string_view(encoding) != "UTF8")
     return refuse(
-        Status::make(Code::protocol, fmt::format("{} insists on client_encoding {}; UTF8 is needed: a pooler "
-                                                 "in between must let client_encoding through",
-                                                 peer(), encoding)));
+        Status::make(Code::protocol, formatted("{} insists on client_encoding {}; UTF8 is needed: a pooler "
+                                               "in between must let client_encoding through",
+                                               peer(), encoding)));
   // Only now: libpq's manual wants a connected PGconn for both.
   if (PQsetnonblocking(pg, 1) != 0 || !PQenterPipelineMode(pg) || !link_->attach())
     return refuse(Status::make(Code::unavailable, "cannot set up the connection to " + peer()));
@@ -359,11 +358,10 @@ void PgConnection::idle_input(bool readable) {
   (void)PQisBusy(link_->pg());
   const Notice& notice = link_->last_notice();
   if (readable && !notice.fatal()) return;
-  Status status =
-      notice.fatal()
-          ? from_server(notice.sqlstate, notice.message, context_)
-          : Status::make(Code::unavailable,
-                         fmt::format("the connection to {} broke while idle: {}", peer(), reason_of_libpq()));
+  Status status = notice.fatal()
+                      ? from_server(notice.sqlstate, notice.message, context_)
+                      : Status::make(Code::unavailable, formatted("the connection to {} broke while idle: {}",
+                                                                  peer(), reason_of_libpq()));
   drop(true);
   if (const auto listener = std::exchange(broken_, nullptr)) listener(std::move(status));
 }
@@ -387,7 +385,7 @@ void PgConnection::on_timer() {
   if (!work_) return;
   const Nanos deadline = saturating_add(work_->started, work_->timeout);
   if (Clock().now() < deadline) return arm(deadline);
-  lose(fmt::format("no answer within {} ms", work_->timeout / kMilli));
+  lose(formatted("no answer within {} ms", work_->timeout / kMilli));
 }
 
 void PgConnection::finish_work(PipelineResult result, bool readable) {
@@ -407,8 +405,8 @@ void PgConnection::lose(std::string reason, std::string sqlstate) {
   PipelineResult result;
   result.status = Status::make(
       work->committing ? Code::in_doubt : Code::unavailable,
-      fmt::format("connection to {} lost after {:.0f} ms: {} ({})", peer(), elapsed, reason,
-                  work->committing ? "sent, the answer is missing: executed or not" : "not executed"),
+      formatted("connection to {} lost after {:.0f} ms: {} ({})", peer(), elapsed, reason,
+                work->committing ? "sent, the answer is missing: executed or not" : "not executed"),
       std::move(sqlstate));
   if (work->pipeline) {
     PipelineResult& before = work->pipeline->result();

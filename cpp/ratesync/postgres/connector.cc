@@ -1,12 +1,12 @@
 #include "ratesync/postgres/connector.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <asio/post.hpp>
 #include <charconv>
 #include <cstring>
 #include <random>
+
+#include "ratesync/base/format.h"
 
 namespace ratesync::postgres {
 namespace {
@@ -113,8 +113,8 @@ void Connector::resolve_expired() {
   resolver_->cancel();
   addresses_.clear();
   attempt_failed(Status::make(Code::unavailable,
-                              fmt::format("cannot resolve host name \"{}\": no answer from DNS within {} ms",
-                                          host().host, timeout_ / kMilli)));
+                              formatted("cannot resolve host name \"{}\": no answer from DNS within {} ms",
+                                        host().host, timeout_ / kMilli)));
 }
 
 void Connector::next_address() {
@@ -209,9 +209,9 @@ void Connector::address_expired() {
   if (link_) link_->doom();
   attempt_failed(Status::make(
       Code::unavailable,
-      fmt::format("could not connect to PostgreSQL at {}:{} within connect_timeout: {} after {:.0f} ms",
-                  context_.host, context_.port,
-                  reached ? "it accepts connections and does not answer" : "no answer", elapsed)));
+      formatted("could not connect to PostgreSQL at {}:{} within connect_timeout: {} after {:.0f} ms",
+                context_.host, context_.port,
+                reached ? "it accepts connections and does not answer" : "no answer", elapsed)));
 }
 
 Status Connector::failure_of_libpq() const {
@@ -230,8 +230,8 @@ Status Connector::failure_of_libpq() const {
   const double elapsed = static_cast<double>(clock_.now() - host_started_) / kMilli;
   return Status::make(
       Code::unavailable,
-      fmt::format("could not connect to PostgreSQL at {}:{} after {:.0f} ms: {}",
-                  context_.host.empty() ? "local socket" : context_.host, context_.port, elapsed, text));
+      formatted("could not connect to PostgreSQL at {}:{} after {:.0f} ms: {}",
+                context_.host.empty() ? "local socket" : context_.host, context_.port, elapsed, text));
 }
 
 void Connector::attempt_failed(Status status) {
@@ -246,9 +246,9 @@ void Connector::attempt_failed(Status status) {
 
 Status Connector::overall_failure() const {
   if (failures_.size() == 1) return failures_.front();
-  std::string message = fmt::format("no usable PostgreSQL among {}", info_.describe());
+  std::string message = formatted("no usable PostgreSQL among {}", info_.describe());
   if (info_.target_session_attrs != "any")
-    message += fmt::format(" (target_session_attrs={})", info_.target_session_attrs);
+    message += formatted(" (target_session_attrs={})", info_.target_session_attrs);
   const char* separator = ": ";
   for (const Status& failure : failures_) {
     message += separator + failure.message;

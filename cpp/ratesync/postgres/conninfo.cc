@@ -2,7 +2,6 @@
 // are passed on: we find out ourselves which part is wrong, and name that.
 #include "ratesync/postgres/conninfo.h"
 
-#include <fmt/format.h>
 #include <fmt/ranges.h>
 
 #include <algorithm>
@@ -11,6 +10,7 @@
 #include <charconv>
 #include <string_view>
 
+#include "ratesync/base/format.h"
 #include "ratesync/postgres/libpq.h"
 
 namespace ratesync::postgres {
@@ -88,12 +88,12 @@ Status unknown_option(std::string_view text, std::string_view url) {
   std::string nearest;
   for (const std::string& k : known)
     if (nearest.empty() || distance(name, k) < distance(name, nearest)) nearest = k;
-  const std::string valid = fmt::format("valid ones: {}", fmt::join(known, ", "));
+  const std::string valid = formatted("valid ones: {}", fmt::join(known, ", "));
   if (name.size() > 3 && distance(name, nearest) <= 2)
-    return bad(fmt::format("unknown option \"{}\", did you mean \"{}\"? {}", name, nearest, valid));
+    return bad(formatted("unknown option \"{}\", did you mean \"{}\"? {}", name, nearest, valid));
   const bool harmless = url.find("pass") == std::string_view::npos &&
                         url.find('@') == std::string_view::npos && url.find('%') == std::string_view::npos;
-  if (harmless) return bad(fmt::format("unknown option \"{}\"; {}", name, valid));
+  if (harmless) return bad(formatted("unknown option \"{}\"; {}", name, valid));
   return bad(
       "an option that libpq does not know (not repeated here, it may be part of a password: quote a password "
       "that "
@@ -112,13 +112,13 @@ Status explain_parse_failure(const std::string& url, const std::string& said) {
         "expected key=value pairs (a value that contains spaces needs single quotes) or postgresql://...");
   }
   if (said.find("percent-encod") != std::string::npos || said.find("%00") != std::string::npos)
-    return bad(fmt::format("bad percent-encoding; {}", kEscapeHint));
+    return bad(formatted("bad percent-encoding; {}", kEscapeHint));
   if (said.find("IPv6") != std::string::npos) return bad("an IPv6 address must be written as [address]:port");
   if (said.find("query parameter") != std::string::npos)
-    return bad(fmt::format("after the ? come name=value pairs joined by &; {}", kEscapeHint));
+    return bad(formatted("after the ? come name=value pairs joined by &; {}", kEscapeHint));
   return bad(
-      fmt::format("malformed near host or port (expected postgresql://user:password@host:port/database); {}",
-                  kEscapeHint));
+      formatted("malformed near host or port (expected postgresql://user:password@host:port/database); {}",
+                kEscapeHint));
 }
 
 std::vector<std::string> split(const std::string& list) {
@@ -136,7 +136,7 @@ Status check_port(const std::string& port) {
   const auto [end, ec] = std::from_chars(port.data(), port.data() + port.size(), number);
   // Not repeated unless it is a number: with a stray / in a password, "port" is the password.
   const bool digits = std::all_of(port.begin(), port.end(), [](unsigned char c) { return std::isdigit(c); });
-  if (!digits || port.empty()) return bad(fmt::format("the port is not a number; {}", kEscapeHint));
+  if (!digits || port.empty()) return bad(formatted("the port is not a number; {}", kEscapeHint));
   if (ec != std::errc() || number < 1 || number > 65'535)
     return bad("the port is out of range, it must be 1 to 65535");
   return Status::success();
@@ -148,9 +148,9 @@ Status match_hosts(const std::string& host, const std::string& hostaddr, const s
   const std::vector<std::string> hosts = split(host), addresses = split(hostaddr), ports = split(port);
   const std::size_t n = hostaddr.empty() ? hosts.size() : addresses.size();
   if (!host.empty() && !hostaddr.empty() && hosts.size() != addresses.size())
-    return bad(fmt::format("{} host names do not match {} hostaddr values", hosts.size(), addresses.size()));
+    return bad(formatted("{} host names do not match {} hostaddr values", hosts.size(), addresses.size()));
   if (ports.size() != 1 && ports.size() != n)
-    return bad(fmt::format("{} ports do not match {} hosts", ports.size(), n));
+    return bad(formatted("{} ports do not match {} hosts", ports.size(), n));
   for (std::size_t i = 0; i < n; ++i) {
     HostPort h;
     if (!host.empty()) h.host = hosts[i];
@@ -161,7 +161,7 @@ Status match_hosts(const std::string& host, const std::string& hostaddr, const s
     if (h.host.find('@', 1) != std::string::npos ||
         std::any_of(h.host.begin(), h.host.end(),
                     [](unsigned char c) { return std::isspace(c) && c != ' '; }))
-      return bad(fmt::format("the host contains a character that no host has; {}", kEscapeHint));
+      return bad(formatted("the host contains a character that no host has; {}", kEscapeHint));
     out.push_back(std::move(h));
   }
   return Status::success();
@@ -175,7 +175,7 @@ Status check_authority(const std::string& url) {
   const std::string_view path = rest.substr(authority.size());
   const auto ats = std::count(authority.begin(), authority.end(), '@');
   if (ats > 1 || path.substr(0, path.find('?')).find('@') != std::string_view::npos)
-    return bad(fmt::format("an @ in an unexpected place; {}", kEscapeHint));
+    return bad(formatted("an @ in an unexpected place; {}", kEscapeHint));
   return Status::success();
 }
 
@@ -187,8 +187,8 @@ Status check_scheme(const std::string& url) {
   if (end != std::string::npos && !is_postgres_scheme(url)) {
     const std::string scheme = url.substr(0, end - 3);
     const bool driver = scheme.starts_with("postgres") && scheme.find('+') != std::string::npos;
-    return bad(fmt::format("unknown scheme \"{}\"; valid ones: postgresql://, postgres://{}", scheme,
-                           driver ? " (without the driver's name behind the +)" : ""));
+    return bad(formatted("unknown scheme \"{}\"; valid ones: postgresql://, postgres://{}", scheme,
+                         driver ? " (without the driver's name behind the +)" : ""));
   }
   if (end == std::string::npos && url.find('=') == std::string::npos)
     return bad("neither postgresql://user:password@host:port/database nor key=value pairs");
@@ -209,10 +209,9 @@ std::string ConnInfo::describe() const {
     const std::string& name = h.host.empty() ? h.hostaddr : h.host;
     const bool v6 = name.find(':') != std::string::npos;
     if (!out.empty()) out += ',';
-    out +=
-        fmt::format("{}{}{}:{}", v6 ? "[" : "", name.empty() ? "local socket" : name, v6 ? "]" : "", h.port);
+    out += formatted("{}{}{}:{}", v6 ? "[" : "", name.empty() ? "local socket" : name, v6 ? "]" : "", h.port);
   }
-  return fmt::format("{}/{} as {}", out, setting("dbname"), setting("user"));
+  return formatted("{}/{} as {}", out, setting("dbname"), setting("user"));
 }
 
 Result<ConnInfo> parse_conninfo(const std::string& url) {
@@ -250,7 +249,7 @@ Result<ConnInfo> parse_conninfo(const std::string& url) {
     for (const auto& [keyword, value] : all)
       if (keyword == choice.keyword &&
           std::find(choice.values.begin(), choice.values.end(), value) == choice.values.end())
-        return bad(fmt::format("{} must be one of {}", keyword, fmt::join(choice.values, ", ")));
+        return bad(formatted("{} must be one of {}", keyword, fmt::join(choice.values, ", ")));
   for (const auto& [keyword, value] : all) {
     if (keyword == "connect_timeout" &&
         (value.size() > 9 ||

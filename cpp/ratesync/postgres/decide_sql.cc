@@ -5,8 +5,8 @@
 // rows writes the state row too, or holds its lock.
 //
 // Parameters, in this order (limit_params.cc): the columns of `i` as arrays, then who we are.
-#include <fmt/format.h>
 
+#include "ratesync/base/format.h"
 #include "ratesync/postgres/sql_text.h"
 
 namespace ratesync::postgres {
@@ -24,8 +24,8 @@ struct Parts {
   std::string answer;
 
   void column(std::string_view name, std::string_view type) {
-    columns += fmt::format("{}{}", count > 0 ? ", " : "", name);
-    types += fmt::format("{}${}::{}[]", count > 0 ? ", " : "", count + 1, type);
+    columns += formatted("{}{}", count > 0 ? ", " : "", name);
+    types += formatted("{}${}::{}[]", count > 0 ? ", " : "", count + 1, type);
     ++count;
   }
 };
@@ -52,7 +52,7 @@ void add_leases(Parts& p, bool leases) {
 
 void write_leases(Parts& p, bool leases) {
   if (!leases) return;
-  p.in_steps += fmt::format(R"(, gone AS (
+  p.in_steps += formatted(R"(, gone AS (
   DELETE FROM {{1}} AS x USING a
   WHERE a.wrote AND a.slots IS NOT NULL AND x.group_id = a.g
     AND CASE WHEN x.holder_id = a.me THEN a.kept + a.k = 0 ELSE a.k > 0 AND x.expires_at <= a.now END
@@ -62,7 +62,7 @@ void write_leases(Parts& p, bool leases) {
   FROM a WHERE wrote AND slots IS NOT NULL AND kept + k > 0
   ON CONFLICT (group_id, holder_id) DO UPDATE SET slots = excluded.slots, expires_at = excluded.expires_at
 ))",
-                            ++p.count);
+                          ++p.count);
 }
 
 // Roughly first come, first served, over processes: a slot is not for us while there are as many waiters of
@@ -71,7 +71,7 @@ void write_leases(Parts& p, bool leases) {
 void add_waiters(Parts& p, const std::string& me) {
   p.column("queued", "int8");
   p.read += ", q.since, q.before";
-  p.joins += fmt::format(R"(
+  p.joins += formatted(R"(
   LEFT JOIN LATERAL (
     SELECT m.since, (SELECT count(*) FROM {{4}} AS x
                      WHERE x.group_id = i.g AND x.waiter_id <> ${0}::int8 AND x.expires_at > c.now
@@ -79,11 +79,11 @@ void add_waiters(Parts& p, const std::string& me) {
     FROM (SELECT max(since) AS since FROM {{4}}
           WHERE group_id = i.g AND waiter_id = ${0}::int8 AND expires_at > c.now OFFSET 0) AS m
     WHERE i.slots IS NOT NULL OFFSET 0) AS q ON true)",
-                         me);
+                       me);
 }
 
 void write_waiters(Parts& p, const std::string& me, int channel) {
-  p.in_steps += fmt::format(R"(, waiting AS (
+  p.in_steps += formatted(R"(, waiting AS (
   INSERT INTO {{4}} AS x (group_id, waiter_id, since, expires_at)
   SELECT g, ${0}::int8, CASE WHEN k > 0 THEN now ELSE coalesce(since, now) END, now + interval '2500 ms'
   FROM a WHERE waits
@@ -99,7 +99,7 @@ void write_waiters(Parts& p, const std::string& me, int channel) {
     ORDER BY since LIMIT greatest(a.slots - a.others - a.kept - a.k, 0)) AS q
   WHERE a.wrote AND q.waiter_id <> ${0}::int8
 ))",
-                            me, channel);
+                          me, channel);
   p.answer += ", (SELECT count(done) FROM told)";
 }
 
@@ -183,7 +183,7 @@ std::string decide_sql(const LimitTables& tables, DecideShape shape) {
   // A trigger that swallows the write of one part must not leave the others charged.
   if (shape.together) p.answer += ", 1 / ((SELECT count(*) FROM v) = (SELECT count(*) FROM w))::int4";
 
-  const std::string text = fmt::format(
+  const std::string text = formatted(
       R"(
 WITH c AS MATERIALIZED (SELECT clock_timestamp() AS now),
 l AS MATERIALIZED (

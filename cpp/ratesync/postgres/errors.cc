@@ -1,6 +1,6 @@
 #include "ratesync/postgres/errors.h"
 
-#include <fmt/format.h>
+#include "ratesync/base/format.h"
 
 namespace ratesync::postgres {
 namespace {
@@ -8,8 +8,8 @@ namespace {
 std::string where(const ErrorContext& c) {
   if (c.host.empty() && c.port.empty()) return "the server";
   const bool v6 = c.host.find(':') != std::string::npos;
-  return fmt::format("{}{}{}:{}", v6 ? "[" : "", c.host.empty() ? "local socket" : c.host, v6 ? "]" : "",
-                     c.port);
+  return formatted("{}{}{}:{}", v6 ? "[" : "", c.host.empty() ? "local socket" : c.host, v6 ? "]" : "",
+                   c.port);
 }
 
 std::string quoted(std::string_view name) {
@@ -28,32 +28,31 @@ std::string grantee(const ErrorContext& c) { return c.user.empty() ? "<user>" : 
 // What to do, as sentences; empty where nothing general can be said.
 std::string cure(std::string_view sqlstate, const ErrorContext& c) {
   if (sqlstate == "42P01" || sqlstate == "3F000")
-    return fmt::format("Table {} is missing{}: set auto_create = true or run `{}`, and check {}.",
-                       relation(c), c.database.empty() ? "" : " in database " + quoted(c.database), c.migrate,
-                       c.options);
+    return formatted("Table {} is missing{}: set auto_create = true or run `{}`, and check {}.", relation(c),
+                     c.database.empty() ? "" : " in database " + quoted(c.database), c.migrate, c.options);
   if (sqlstate == "42703" || sqlstate == "42883" || sqlstate == "42804")
-    return fmt::format(
+    return formatted(
         "The layout of {} is not the expected one: `ratesync doctor` says what differs, `{}` "
         "adds what is missing.",
         relation(c), c.migrate);
   if (sqlstate == "42501")
-    return fmt::format(
+    return formatted(
         "Let an owner run: {}GRANT {} ON {} TO {};",
-        c.schema.empty() ? "" : fmt::format("GRANT USAGE ON SCHEMA {} TO {}; ", quoted(c.schema), grantee(c)),
+        c.schema.empty() ? "" : formatted("GRANT USAGE ON SCHEMA {} TO {}; ", quoted(c.schema), grantee(c)),
         c.privileges, c.table.empty() ? "<table>" : relation(c), grantee(c));
   if (sqlstate == "28P01" || sqlstate == "28000")
-    return fmt::format("Check user and password in the url (host {}, database {}, user {}) and pg_hba.conf.",
-                       where(c), quoted(c.database), quoted(c.user));
+    return formatted("Check user and password in the url (host {}, database {}, user {}) and pg_hba.conf.",
+                     where(c), quoted(c.database), quoted(c.user));
   if (sqlstate == "3D000")
-    return fmt::format("Database {} does not exist at {}: check the url, or create it (createdb {}).",
-                       quoted(c.database), where(c), c.database);
+    return formatted("Database {} does not exist at {}: check the url, or create it (createdb {}).",
+                     quoted(c.database), where(c), c.database);
   if (sqlstate == "53300")
-    return fmt::format(
+    return formatted(
         "{} has no connection slot left: lower pool_max_size, raise max_connections, or put PgBouncer in "
         "between.",
         where(c));
   if (sqlstate == "25006")
-    return fmt::format(
+    return formatted(
         "{} is read-only (a standby?): add target_session_attrs=read-write to the url and list all hosts.",
         where(c));
   if (sqlstate == "57P03")
@@ -88,7 +87,7 @@ bool is_worth_another_host(std::string_view s) { return is_connection_loss(s) ||
 
 Status from_server(std::string_view sqlstate, std::string_view primary, const ErrorContext& context) {
   const bool gone = is_connection_loss(sqlstate) || sqlstate == "53300";
-  std::string message = fmt::format("PostgreSQL: {} (SQLSTATE {})", primary, sqlstate);
+  std::string message = formatted("PostgreSQL: {} (SQLSTATE {})", primary, sqlstate);
   if (const std::string todo = cure(sqlstate, context); !todo.empty()) message += ". " + todo;
   return Status::make(gone ? Code::unavailable : Code::server, std::move(message), std::string(sqlstate));
 }

@@ -1,9 +1,9 @@
 #include "ratesync/postgres/inventory.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <cstdlib>
+
+#include "ratesync/base/format.h"
 
 namespace ratesync::postgres {
 namespace {
@@ -46,7 +46,7 @@ JOIN pg_catalog.pg_attribute AS a ON a.attrelid = t.oid AND a.attnum = x.indkey[
 std::string Inventory::Table::missing(const std::vector<std::string>& wanted) const {
   std::string out;
   for (const std::string& column : wanted)
-    if (!columns.contains(column)) out += fmt::format("{}{}", out.empty() ? "" : ", ", column);
+    if (!columns.contains(column)) out += formatted("{}{}", out.empty() ? "" : ", ", column);
   return out;
 }
 
@@ -122,7 +122,7 @@ std::string literal(std::string_view text) {
 
 std::string pass_on_grants(const std::string& schema, const std::string& from, const std::string& privileges,
                            const std::string& to) {
-  const std::string body = fmt::format(
+  const std::string body = formatted(
       "DECLARE grantee text;\n"
       "BEGIN\n"
       "  FOR grantee IN\n"
@@ -138,7 +138,7 @@ std::string pass_on_grants(const std::string& schema, const std::string& from, c
   // A name may hold anything, the quotes of the block too.
   std::string tag = "$ratesync$";
   while (body.find(tag) != std::string::npos) tag.insert(tag.size() - 1, 1, 'x');
-  return fmt::format("DO {0}\n{1} {0};\n", tag, body);
+  return formatted("DO {0}\n{1} {0};\n", tag, body);
 }
 
 std::string migration_script(const std::string& subject, const std::string& record,
@@ -149,10 +149,10 @@ std::string migration_script(const std::string& subject, const std::string& reco
     if (step.applied) continue;
     // The record needs the schema, which the first step may have to create.
     (step.number == 1 ? before : after) += step.sql;
-    after += fmt::format("INSERT INTO {} (number, name) VALUES ({}, {}) ON CONFLICT (number) DO NOTHING;\n",
-                         record, step.number, literal(step.name));
+    after += formatted("INSERT INTO {} (number, name) VALUES ({}, {}) ON CONFLICT (number) DO NOTHING;\n",
+                       record, step.number, literal(step.name));
   }
-  return fmt::format(
+  return formatted(
       "BEGIN ISOLATION LEVEL READ COMMITTED;\n"
       "SELECT pg_advisory_xact_lock(hashtextextended({}, 0));\n"
       "{}"

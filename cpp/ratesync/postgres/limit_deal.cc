@@ -1,11 +1,11 @@
 // The rounds of a trip: what is asked in one pipeline, and how its answer is dealt out.
-#include <fmt/format.h>
 
 #include <algorithm>
 #include <chrono>
 #include <string_view>
 #include <unordered_set>
 
+#include "ratesync/base/format.h"
 #include "ratesync/postgres/errors.h"
 #include "ratesync/postgres/limit_params.h"
 #include "ratesync/postgres/limit_trip.h"
@@ -318,9 +318,9 @@ void PgLimitStore::deal_layer(LimitTrip& trip, const Layer& layer, const Rows& r
     if (trip.lost_races >= kLostRaces) {
       const Status status = Status::make(
           Code::server,
-          fmt::format("the row of group '{}' changed {} times while it was decided on; is it being deleted "
-                      "all the time?",
-                      unanswered[i]->group->id, kLostRaces),
+          formatted("the row of group '{}' changed {} times while it was decided on; is it being deleted "
+                    "all the time?",
+                    unanswered[i]->group->id, kLostRaces),
           "40001");
       for (QueuedOp* op : unanswered[i]->ops) {
         op->acquire->reply = {};

@@ -1,8 +1,8 @@
 #include "ratesync/postgres/limit_params.h"
 
-#include <fmt/format.h>
-
 #include <charconv>
+
+#include "ratesync/base/format.h"
 
 namespace ratesync::postgres {
 
@@ -11,11 +11,12 @@ void ArrayWriter::separate() {
 }
 void ArrayWriter::add(std::int64_t value) {
   separate();
-  fmt::format_to(std::back_inserter(text_), "{}", value);
+  char digits[20];  // of the least, with its sign
+  text_.append(digits, std::to_chars(digits, digits + sizeof digits, value).ptr);
 }
 void ArrayWriter::add(double value) {
   separate();
-  fmt::format_to(std::back_inserter(text_), "{}", value);
+  text_ += formatted("{}", value);
 }
 void ArrayWriter::add_null() {
   separate();

@@ -1,7 +1,6 @@
 #include "ratesync/postgres/limit_sql.h"
 
-#include <fmt/format.h>
-
+#include "ratesync/base/format.h"
 #include "ratesync/postgres/sql_text.h"
 
 namespace ratesync::postgres {
@@ -107,7 +106,7 @@ SELECT group_id, holder, slots, (date_part('epoch', clock_timestamp() - acquired
 FROM {1} ORDER BY group_id, holder_id LIMIT $1::int8)";
 
 std::string with_in_use(std::string text, bool leases, std::string_view group) {
-  const std::string count = leases ? fmt::format(
+  const std::string count = leases ? formatted(
                                          "coalesce((SELECT sum(slots) FROM {{1}} WHERE group_id = {} "
                                          "AND expires_at > clock_timestamp()), 0)",
                                          group)

@@ -1,11 +1,10 @@
 #include "ratesync/postgres/limit_store.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <chrono>
 #include <utility>
 
+#include "ratesync/base/format.h"
 #include "ratesync/postgres/errors.h"
 #include "ratesync/postgres/limit_trip.h"
 
@@ -25,8 +24,8 @@ Status check_group(const std::string& id) {
   if (length >= 1 && static_cast<std::size_t>(length) <= kGroupCharacters) return Status::success();
   return Status::make(
       Code::invalid,
-      fmt::format("group_id: expected 1 to {} characters of UTF-8 without NUL, got {}", kGroupCharacters,
-                  length < 0 ? std::string("other bytes") : fmt::format("{} characters", length)));
+      formatted("group_id: expected 1 to {} characters of UTF-8 without NUL, got {}", kGroupCharacters,
+                length < 0 ? std::string("other bytes") : formatted("{} characters", length)));
 }
 
 // The statements divide by it.
@@ -34,10 +33,9 @@ Status check_cost(const store::Group& group, std::int64_t cost) {
   const limits::Params& params = group.params;
   if (!params.is_window() || (cost >= 1 && cost <= params.limit && params.window >= kMicro))
     return Status::success();
-  return Status::make(Code::invalid,
-                      fmt::format("cost: expected a whole number from 1 to the limit of {} per "
-                                  "window, got {}",
-                                  params.limit, cost));
+  return Status::make(Code::invalid, formatted("cost: expected a whole number from 1 to the limit of {} per "
+                                               "window, got {}",
+                                               params.limit, cost));
 }
 
 store::Listing read_listing(const PipelineResult& result, std::size_t limit) {

@@ -1,7 +1,6 @@
 #include "ratesync/postgres/lock_sql.h"
 
-#include <fmt/format.h>
-
+#include "ratesync/base/format.h"
 #include "ratesync/postgres/inventory.h"
 #include "ratesync/postgres/sql_text.h"
 
@@ -177,12 +176,11 @@ std::int64_t lock_key(const std::string& text) {
 LockSql make_lock_sql(const LockTables& t) {
   const bool line = !t.waiters.empty();
   const auto make = [&t](std::string_view verb, const char* text, const auto&... parts) {
-    return named(verb, fmt::format(fmt::runtime(text), t.locks, t.waiters, parts...));
+    return named(verb, formatted(fmt::runtime(text), t.locks, t.waiters, parts...));
   };
-  const auto left = [](const char* what) { return fmt::format(fmt::runtime(kLeft), what); };
+  const auto left = [](const char* what) { return formatted(fmt::runtime(kLeft), what); };
   const auto before = [&](const char* who) {
-    return line ? fmt::format(fmt::runtime(kBefore), "", t.waiters, who)
-                : fmt::format("{}::int8 IS NULL", who);
+    return line ? formatted(fmt::runtime(kBefore), "", t.waiters, who) : formatted("{}::int8 IS NULL", who);
   };
   const std::string tokens = literal(t.tokens) + "::regclass";
   const std::string mine =
@@ -190,7 +188,7 @@ LockSql make_lock_sql(const LockTables& t) {
       " AS m WHERE m.namespace = x.ns AND m.tenant = x.tn AND m.name = x.nm AND m.waiter_id = $4::int8 AND "
       "m.expires_at > clock_timestamp()), 'infinity')";
   const std::string kept =
-      line ? fmt::format(fmt::runtime(kKeptFor), "", t.waiters, "", left("w.expires_at"), mine)
+      line ? formatted(fmt::runtime(kKeptFor), "", t.waiters, "", left("w.expires_at"), mine)
            : "CASE WHEN $4::int8 IS NULL THEN 0 END";
 
   LockSql sql;
@@ -199,7 +197,7 @@ LockSql make_lock_sql(const LockTables& t) {
   sql.look = make("lock_look", kLook, "", left("expires_at"), kept);
   sql.purge = make("lock_purge", kPurge, std::to_string(lock_key(t.locks)));
   sql.list = make("lock_list", kList, "", left("l.acquired_at"), left("l.expires_at"),
-                  line ? fmt::format(fmt::runtime(kCountWaiters), "", t.waiters) : "0");
+                  line ? formatted(fmt::runtime(kCountWaiters), "", t.waiters) : "0");
   if (!line) return sql;
   sql.queue = make("lock_queue", kQueue, "", left("expires_at"), kept);
   sql.served = make("lock_served", kServed);

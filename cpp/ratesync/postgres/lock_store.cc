@@ -1,11 +1,10 @@
 #include "ratesync/postgres/lock_store.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <chrono>
 #include <utility>
 
+#include "ratesync/base/format.h"
 #include "ratesync/postgres/lock_trip.h"
 #include "ratesync/postgres/sql_text.h"
 
@@ -31,7 +30,7 @@ Status check_text(std::string_view what, std::string_view text, std::size_t most
   if (!text.empty() && text.size() <= most && utf8_length(text) > 0) return Status::success();
   return Status::make(
       Code::invalid,
-      fmt::format("{}: expected 1 to {} bytes of UTF-8 without NUL, got {} bytes", what, most, text.size()));
+      formatted("{}: expected 1 to {} bytes of UTF-8 without NUL, got {} bytes", what, most, text.size()));
 }
 
 Status check(const LockOp& op) {
@@ -40,9 +39,9 @@ Status check(const LockOp& op) {
   if (Status bad = check_text("name", op.name, kNameBytes); !bad.ok()) return bad;
   const bool lease = op.verb == LockOp::Verb::acquire || op.verb == LockOp::Verb::renew;
   if (lease && op.ttl < 1)
-    return Status::make(Code::invalid, fmt::format("ttl: expected 1 ms or more, got {}", op.ttl));
+    return Status::make(Code::invalid, formatted("ttl: expected 1 ms or more, got {}", op.ttl));
   if (op.verb == LockOp::Verb::acquire && op.id <= 0)
-    return Status::make(Code::invalid, fmt::format("id: expected a number above 0, got {}", op.id));
+    return Status::make(Code::invalid, formatted("id: expected a number above 0, got {}", op.id));
   return Status::success();
 }
 

@@ -5,8 +5,6 @@
 // callback does not recurse through all who wait.
 #include "ratesync/postgres/pg_pool.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <asio/post.hpp>
 #include <asio/steady_timer.hpp>

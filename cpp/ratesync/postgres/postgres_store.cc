@@ -1,11 +1,11 @@
 #include "ratesync/postgres/postgres_store.h"
 
-#include <fmt/format.h>
 #include <unistd.h>
 
 #include <chrono>
 #include <utility>
 
+#include "ratesync/base/format.h"
 #include "ratesync/postgres/sql_text.h"
 
 namespace ratesync::postgres {
@@ -30,7 +30,7 @@ std::string holder_text(const ConnInfo& info) {
   char host[256] = "?";
   (void)gethostname(host, sizeof host - 1);
   const std::string application = info.setting("application_name");
-  return fmt::format("{}:{} {}", host, getpid(), application.empty() ? "ratesync" : application);
+  return formatted("{}:{} {}", host, getpid(), application.empty() ? "ratesync" : application);
 }
 
 // On sessions that are ours alone. Plans of prepared statements are kept; made while the table was
@@ -55,7 +55,7 @@ void set_up_session(const std::shared_ptr<Connection>& connection, const Connect
 }
 
 Status bad_option(std::string_view option, std::string_view expected, const std::string& received) {
-  return Status::make(Code::invalid, fmt::format("{}: expected {}, got {}", option, expected, received));
+  return Status::make(Code::invalid, formatted("{}: expected {}, got {}", option, expected, received));
 }
 
 Result<ConnectionOptions::StatementCache> statement_cache(const std::string& text) {
@@ -84,17 +84,17 @@ Result<std::unique_ptr<store::Store>> PostgresStore::create(asio::io_context& io
     return bad_option("table_name",
                       "at most 51 bytes with auto_create = true (names of an index and of two more tables "
                       "are derived from it)",
-                      fmt::format("{} bytes", options.table_name.size()));
+                      formatted("{} bytes", options.table_name.size()));
   if (options.pool_max_size < 1 || options.pool_max_size > 10'000)
     return bad_option("pool_max_size", "a whole number from 1 to 10000",
                       std::to_string(options.pool_max_size));
   if (options.pool_min_size > options.pool_max_size)
-    return bad_option("pool_min_size", fmt::format("at most pool_max_size ({})", options.pool_max_size),
+    return bad_option("pool_min_size", formatted("at most pool_max_size ({})", options.pool_max_size),
                       std::to_string(options.pool_min_size));
   if (options.command_timeout <= 0)
-    return bad_option("command_timeout", "a number above 0", fmt::format("{} ns", options.command_timeout));
+    return bad_option("command_timeout", "a number above 0", formatted("{} ns", options.command_timeout));
   if (options.connect_timeout <= 0)
-    return bad_option("connect_timeout", "a number above 0", fmt::format("{} ns", options.connect_timeout));
+    return bad_option("connect_timeout", "a number above 0", formatted("{} ns", options.connect_timeout));
   if (auto bad = statement_cache(options.statement_cache); !bad.ok()) return bad.status();
   if (auto bad = durability(options.synchronous_commit); !bad.ok()) return bad.status();
   Result<ConnInfo> info = parse_conninfo(options.url);
@@ -305,7 +305,7 @@ void PostgresStore::migrate_state(const std::string& prefix, bool dry_run,
 void PostgresStore::migrate(bool dry_run, store::Callback<std::vector<store::MigrationStep>> done) {
   if (!names_.can_migrate())
     return done(bad_option("table_name", "at most 51 bytes for migrations",
-                           fmt::format("{} bytes", names_.state.size())));
+                           formatted("{} bytes", names_.state.size())));
   schema_->migrate(dry_run, std::move(done));
 }
 
@@ -368,11 +368,11 @@ LEFT JOIN pg_catalog.pg_class AS c ON c.relnamespace = n.oid AND c.relname = nam
     const Catalogue& found = checkup->catalogue;
     const int major = found.server_version / 10'000;
     checkup->add(major < 12 ? Level::error : Level::ok, "server version",
-                 fmt::format("PostgreSQL {}.{} at {}{}", major, found.server_version % 10'000,
-                             checkup->connection->peer(), major < 12 ? ": 12 is the oldest that works" : ""));
+                 formatted("PostgreSQL {}.{} at {}{}", major, found.server_version % 10'000,
+                           checkup->connection->peer(), major < 12 ? ": 12 is the oldest that works" : ""));
     if (!found.state.exists && without_limits())
       checkup->add(Level::ok, "table",
-                   fmt::format("{} does not exist; only limits need it", names_.quoted(names_.state)));
+                   formatted("{} does not exist; only limits need it", names_.quoted(names_.state)));
     else
       for (Finding& finding : schema_findings(names_, found, options_.auto_create))
         checkup->findings.push_back(std::move(finding));
@@ -381,19 +381,19 @@ LEFT JOIN pg_catalog.pg_class AS c ON c.relnamespace = n.oid AND c.relname = nam
       const std::int64_t skew = row.integer(0, 0) - (before + after) / 2;
       checkup->add(
           std::abs(skew) > 1'000'000 ? Level::warning : Level::ok, "clock",
-          fmt::format("the server's clock is {:.3f} s ahead of this host's; limits use the server's alone",
-                      static_cast<double>(skew) / 1e6));
+          formatted("the server's clock is {:.3f} s ahead of this host's; limits use the server's alone",
+                    static_cast<double>(skew) / 1e6));
       const auto most = static_cast<std::size_t>(row.integer(0, 1));
       checkup->add(options_.pool_max_size * 4 > most ? Level::warning : Level::ok, "connections",
-                   fmt::format("pool_max_size is {} of the server's max_connections {}, for each process",
-                               options_.pool_max_size, most));
+                   formatted("pool_max_size is {} of the server's max_connections {}, for each process",
+                             options_.pool_max_size, most));
       if (!row.is_null(0, 2)) {
         const std::int64_t rows = row.integer(0, 3);
         checkup->add(
             Level::ok, "size",
-            fmt::format("{} bytes with indexes, {}{}", row.integer(0, 2),
-                        rows < 0 ? std::string("rows not counted yet") : fmt::format("about {} rows", rows),
-                        row.boolean(0, 4) ? ", unlogged: a crash of the server empties it" : ""));
+            formatted("{} bytes with indexes, {}{}", row.integer(0, 2),
+                      rows < 0 ? std::string("rows not counted yet") : formatted("about {} rows", rows),
+                      row.boolean(0, 4) ? ", unlogged: a crash of the server empties it" : ""));
       }
     } else if (!result.status.ok()) {
       checkup->add(Level::warning, "size", result.status.message);

@@ -1,8 +1,8 @@
 #include "ratesync/postgres/schema.h"
 
-#include <fmt/format.h>
-
 #include <utility>
+
+#include "ratesync/base/format.h"
 
 namespace ratesync::postgres {
 namespace {
@@ -25,9 +25,8 @@ const std::vector<std::string> kWaiterColumns = {"group_id", "waiter_id", "since
 
 std::string create_state(const TableNames& n, const Catalogue& found, const SchemaOptions& options) {
   std::string sql;
-  if (!found.schema_exists)
-    sql += fmt::format("CREATE SCHEMA IF NOT EXISTS {};\n", quote_identifier(n.schema));
-  sql += fmt::format(
+  if (!found.schema_exists) sql += formatted("CREATE SCHEMA IF NOT EXISTS {};\n", quote_identifier(n.schema));
+  sql += formatted(
       "CREATE {}TABLE IF NOT EXISTS {} (\n"
       "    group_id VARCHAR(255) PRIMARY KEY,\n"
       "    last_acquisition_at TIMESTAMPTZ NOT NULL,\n"
@@ -49,7 +48,7 @@ std::string pass_on_grants(const TableNames& n, const std::string& table) {
 }
 
 std::string create_leases(const TableNames& n, const SchemaOptions& options) {
-  return fmt::format(
+  return formatted(
              "CREATE {0}TABLE IF NOT EXISTS {1} (\n"
              "    group_id VARCHAR(255) NOT NULL,\n"
              "    holder_id BIGINT NOT NULL,\n"
@@ -65,7 +64,7 @@ std::string create_leases(const TableNames& n, const SchemaOptions& options) {
 
 // Times are microseconds since 1970 where sums are done with them. expires_at is for the purge alone.
 std::string create_windows(const TableNames& n, const SchemaOptions& options) {
-  return fmt::format(
+  return formatted(
              "CREATE {0}TABLE IF NOT EXISTS {1} (\n"
              "    group_id VARCHAR(255) PRIMARY KEY,\n"
              "    algorithm SMALLINT NOT NULL,\n"
@@ -93,7 +92,7 @@ std::string create_windows(const TableNames& n, const SchemaOptions& options) {
 
 // Always UNLOGGED: who waits is of no interest after a crash.
 std::string create_waiters(const TableNames& n) {
-  return fmt::format(
+  return formatted(
              "CREATE UNLOGGED TABLE IF NOT EXISTS {0} (\n"
              "    group_id VARCHAR(255) NOT NULL,\n"
              "    waiter_id BIGINT NOT NULL,\n"
@@ -107,7 +106,7 @@ std::string create_waiters(const TableNames& n) {
 
 std::string convert_legacy(const TableNames& n) {
   const std::string table = n.quoted(n.state);
-  return fmt::format(
+  return formatted(
       "ALTER TABLE {0} RENAME COLUMN concurrent_count TO current_concurrent;\n"
       "UPDATE {0} SET current_concurrent = 0 WHERE current_concurrent IS NULL;\n"
       "ALTER TABLE {0}\n"
@@ -126,14 +125,13 @@ std::string convert_legacy(const TableNames& n) {
 }
 
 std::string state_grants(const TableNames& n, const Catalogue& found) {
-  return fmt::format("GRANT USAGE ON SCHEMA {} TO {}; GRANT SELECT, INSERT, UPDATE ON {} TO {};",
-                     quote_identifier(n.schema), quote_identifier(found.user), n.quoted(n.state),
-                     quote_identifier(found.user));
+  return formatted("GRANT USAGE ON SCHEMA {} TO {}; GRANT SELECT, INSERT, UPDATE ON {} TO {};",
+                   quote_identifier(n.schema), quote_identifier(found.user), n.quoted(n.state),
+                   quote_identifier(found.user));
 }
 
 std::string full_grants(const std::string& tables, const Catalogue& found) {
-  return fmt::format("GRANT SELECT, INSERT, UPDATE, DELETE ON {} TO {};", tables,
-                     quote_identifier(found.user));
+  return formatted("GRANT SELECT, INSERT, UPDATE, DELETE ON {} TO {};", tables, quote_identifier(found.user));
 }
 
 }  // namespace
@@ -206,39 +204,35 @@ Status check_catalogue(const TableNames& n, const Catalogue& found, bool auto_cr
   if (Status standby = check_server(found); !standby.ok()) return standby;
   const std::string create_hint =
       auto_create
-          ? fmt::format("auto_create = true could not make it: GRANT CREATE ON SCHEMA {} TO {};",
-                        quote_identifier(n.schema), quote_identifier(found.user))
+          ? formatted("auto_create = true could not make it: GRANT CREATE ON SCHEMA {} TO {};",
+                      quote_identifier(n.schema), quote_identifier(found.user))
           : "set auto_create = true, run `ratesync migrate`, or create it by hand, and check table_name and "
             "schema_name";
   if (!found.schema_exists)
-    return fail("3F000", fmt::format("schema {} does not exist, so neither does table {}: {}",
-                                     quote_identifier(n.schema), table, create_hint));
-  if (!found.state.exists)
-    return fail("42P01", fmt::format("table {} does not exist: {}", table, create_hint));
+    return fail("3F000", formatted("schema {} does not exist, so neither does table {}: {}",
+                                   quote_identifier(n.schema), table, create_hint));
+  if (!found.state.exists) return fail("42P01", formatted("table {} does not exist: {}", table, create_hint));
   if (!found.schema_usage || !found.state.writable())
-    return fail("42501", fmt::format("permission denied on table {} for role {}: run as its owner: {}", table,
-                                     quote_identifier(found.user), state_grants(n, found)));
+    return fail("42501", formatted("permission denied on table {} for role {}: run as its owner: {}", table,
+                                   quote_identifier(found.user), state_grants(n, found)));
   if (found.legacy())
-    return fail(
-        "42703",
-        fmt::format("table {} was made by rate-sync 0.2: run `ratesync migrate` as its owner, or:\n{}", table,
-                    convert_legacy(n)));
+    return fail("42703",
+                formatted("table {} was made by rate-sync 0.2: run `ratesync migrate` as its owner, or:\n{}",
+                          table, convert_legacy(n)));
   if (const std::string missing = found.state.missing(kStateColumns); !missing.empty())
-    return fail(
-        "42703",
-        fmt::format("table {} is not a rate limiter table: column(s) {} missing; check table_name and "
-                    "schema_name",
-                    table, missing));
+    return fail("42703",
+                formatted("table {} is not a rate limiter table: column(s) {} missing; check table_name and "
+                          "schema_name",
+                          table, missing));
   if (!found.group_key)
-    return fail("42P10",
-                fmt::format("table {} has no unique index on group_id: ALTER TABLE {} ADD PRIMARY KEY "
-                            "(group_id);",
-                            table, table));
+    return fail("42P10", formatted("table {} has no unique index on group_id: ALTER TABLE {} ADD PRIMARY KEY "
+                                   "(group_id);",
+                                   table, table));
   // Counting without leases beside others who count with them would grant too much.
   if (found.leases.exists && !found.leases_usable())
-    return fail("42501", fmt::format("table {} exists, but role {} may not use it: run as its owner: {}",
-                                     n.quoted(n.leases), quote_identifier(found.user),
-                                     full_grants(n.quoted(n.leases), found)));
+    return fail("42501", formatted("table {} exists, but role {} may not use it: run as its owner: {}",
+                                   n.quoted(n.leases), quote_identifier(found.user),
+                                   full_grants(n.quoted(n.leases), found)));
   return Status::success();
 }
 
@@ -249,18 +243,18 @@ Status check_windows(const TableNames& n, const Catalogue& found, bool auto_crea
                         sqlstate);
   };
   if (!n.can_migrate())
-    return fail("42P01", fmt::format("table_name {} is too long for the names derived from it (at most 51 "
-                                     "bytes), so their tables cannot be made",
-                                     quote_identifier(n.state)));
+    return fail("42P01", formatted("table_name {} is too long for the names derived from it (at most 51 "
+                                   "bytes), so their tables cannot be made",
+                                   quote_identifier(n.state)));
   const std::string tables = n.quoted(n.windows) + ", " + n.quoted(n.log);
   if (!found.windows.exists || !found.log.exists)
     return fail(
         "42P01",
-        fmt::format("tables {} do not exist: {}run `ratesync migrate` as the owner of {}", tables,
-                    auto_create ? "auto_create = true could not make them; " : "set auto_create = true, or ",
-                    n.quoted(n.state)));
-  return fail("42501", fmt::format("role {} may not use tables {}: run as their owner: {}",
-                                   quote_identifier(found.user), tables, full_grants(tables, found)));
+        formatted("tables {} do not exist: {}run `ratesync migrate` as the owner of {}", tables,
+                  auto_create ? "auto_create = true could not make them; " : "set auto_create = true, or ",
+                  n.quoted(n.state)));
+  return fail("42501", formatted("role {} may not use tables {}: run as their owner: {}",
+                                 quote_identifier(found.user), tables, full_grants(tables, found)));
 }
 
 std::vector<Finding> schema_findings(const TableNames& n, const Catalogue& found, bool auto_create) {
@@ -273,60 +267,59 @@ std::vector<Finding> schema_findings(const TableNames& n, const Catalogue& found
   const Status status = check_catalogue(n, found, false);
   if (status.sqlstate == "42P01" && auto_create) {
     add(Level::warning, "table",
-        fmt::format("{} does not exist yet: auto_create makes it at the first use, or run `ratesync migrate`",
-                    table));
+        formatted("{} does not exist yet: auto_create makes it at the first use, or run `ratesync migrate`",
+                  table));
     return out;
   }
   if (!status.ok()) {
     add(Level::error, "table", status.message);
   } else {
-    add(Level::ok, "table", fmt::format("{} has all columns", table));
+    add(Level::ok, "table", formatted("{} has all columns", table));
     add(Level::ok, "grants",
-        fmt::format("role {} may select, insert and update", quote_identifier(found.user)));
+        formatted("role {} may select, insert and update", quote_identifier(found.user)));
   }
   if (found.state.exists && !found.updated_index)
     add(Level::warning, "index",
         n.index.empty()
-            ? fmt::format("{} has no index on updated_at", table)
-            : fmt::format("{0} has no index on updated_at, clean-up of old rows will be slow: CREATE INDEX "
-                          "{1} ON {0} (updated_at);",
-                          table, quote_identifier(n.index)));
+            ? formatted("{} has no index on updated_at", table)
+            : formatted("{0} has no index on updated_at, clean-up of old rows will be slow: CREATE INDEX "
+                        "{1} ON {0} (updated_at);",
+                        table, quote_identifier(n.index)));
   if (!n.can_migrate())
     add(Level::warning, "leases",
-        fmt::format("table_name {} is too long for the names derived from it (at most 51 bytes): "
-                    "max_concurrent works "
-                    "without expiry of dead holders",
-                    quote_identifier(n.state)));
+        formatted("table_name {} is too long for the names derived from it (at most 51 bytes): "
+                  "max_concurrent works "
+                  "without expiry of dead holders",
+                  quote_identifier(n.state)));
   else if (!found.leases.exists)
     add(Level::warning, "leases",
-        fmt::format(
+        formatted(
             "table {} is missing: max_concurrent works through current_concurrent, and slots of a process "
             "that "
             "dies are never given back; run `ratesync migrate` as the owner, then restart the applications",
             n.quoted(n.leases)));
   else if (found.leases_usable())
-    add(Level::ok, "leases", fmt::format("{} is there: slots of dead holders expire", n.quoted(n.leases)));
+    add(Level::ok, "leases", formatted("{} is there: slots of dead holders expire", n.quoted(n.leases)));
   if (const Status windows = check_windows(n, found, auto_create); windows.ok())
-    add(Level::ok, "windows", fmt::format("{} and {} are there", n.quoted(n.windows), n.quoted(n.log)));
+    add(Level::ok, "windows", formatted("{} and {} are there", n.quoted(n.windows), n.quoted(n.log)));
   else if (status.ok())
     add(Level::warning, "windows", windows.message);
   if (found.waiters_usable())
     add(Level::ok, "waiters",
-        fmt::format("{} is there: a release wakes waiters of other processes", n.quoted(n.waiters)));
+        formatted("{} is there: a release wakes waiters of other processes", n.quoted(n.waiters)));
   else if (status.ok() && found.waiters.exists)
     add(Level::warning, "waiters",
-        fmt::format(
+        formatted(
             "role {} may not use table {}, so waiters for a slot ask now and then: run as its owner: {}",
             quote_identifier(found.user), n.quoted(n.waiters), full_grants(n.quoted(n.waiters), found)));
   else if (status.ok() && n.can_migrate())
     add(Level::warning, "waiters",
-        fmt::format(
-            "table {} is missing: waiters for a slot that another process holds ask now and then; run "
-            "`ratesync migrate` as the owner",
-            n.quoted(n.waiters)));
+        formatted("table {} is missing: waiters for a slot that another process holds ask now and then; run "
+                  "`ratesync migrate` as the owner",
+                  n.quoted(n.waiters)));
   if (found.isolation != "read committed")
     add(Level::warning, "isolation",
-        fmt::format(
+        formatted(
             "default_transaction_isolation is {}: correct, but conflicts are retried; ALTER ROLE {} SET "
             "default_transaction_isolation = 'read committed';",
             found.isolation, quote_identifier(found.user)));

@@ -1,8 +1,8 @@
 #include "ratesync/postgres/schema_watch.h"
 
-#include <fmt/format.h>
-
 #include <utility>
+
+#include "ratesync/base/format.h"
 
 namespace ratesync::postgres {
 
@@ -52,7 +52,7 @@ void SchemaWatch::check_again(const PgPool::Lease& connection, Status creation) 
   look(connection, [this, connection, creation = std::move(creation)](Result<Inventory> found) {
     Status status = found.ok() ? hooks_.found(found.value()) : found.status();
     if (!status.ok() && !creation.ok())
-      status.message += fmt::format(" (creating it failed: {})", creation.message);
+      status.message += formatted(" (creating it failed: {})", creation.message);
     pool_.put(connection);
     checked(status);
   });

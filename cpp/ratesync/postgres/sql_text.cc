@@ -1,6 +1,6 @@
 #include "ratesync/postgres/sql_text.h"
 
-#include <fmt/format.h>
+#include "ratesync/base/format.h"
 
 namespace ratesync::postgres {
 
@@ -63,7 +63,7 @@ std::string fill(std::string text, const LimitTables& tables) {
 Statement named(std::string_view verb, std::string sql) {
   std::uint64_t hash = 0xcbf29ce484222325ull;  // FNV-1a
   for (const char ch : sql) hash = (hash ^ static_cast<unsigned char>(ch)) * 0x100000001b3ull;
-  return {fmt::format("ratesync_{}_{:016x}", verb, hash), std::move(sql)};
+  return {formatted("ratesync_{}_{:016x}", verb, hash), std::move(sql)};
 }
 
 }  // namespace ratesync::postgres

@@ -3,7 +3,6 @@
 // The old session may still be at work, so it is ended first and seen to be gone; then the rows tell: each
 // carries the id of the operation that wrote it last. Behind a pooler nobody knows which session it was:
 // there only a row with our id is an answer.
-#include <fmt/format.h>
 
 #include <algorithm>
 #include <chrono>

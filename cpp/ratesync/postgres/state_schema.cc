@@ -1,6 +1,6 @@
 #include "ratesync/postgres/state_schema.h"
 
-#include <fmt/format.h>
+#include "ratesync/base/format.h"
 
 namespace ratesync::postgres {
 namespace {
@@ -32,8 +32,8 @@ std::string grants(const PrefixNames& n, const std::string& table) {
 // indexes follow.
 std::string create_state(const PrefixNames& n, bool schema_exists) {
   std::string sql;
-  if (!schema_exists) sql = fmt::format("CREATE SCHEMA IF NOT EXISTS {};\n", quote_identifier(n.schema));
-  return sql + fmt::format(
+  if (!schema_exists) sql = formatted("CREATE SCHEMA IF NOT EXISTS {};\n", quote_identifier(n.schema));
+  return sql + formatted(
                    "CREATE TABLE IF NOT EXISTS {0} (\n"
                    "    namespace {3},\n"
                    "    tenant {3},\n"
@@ -59,12 +59,12 @@ std::string create_state(const PrefixNames& n, bool schema_exists) {
 }
 
 std::string create_tokens(const PrefixNames& n) {
-  return fmt::format("CREATE SEQUENCE IF NOT EXISTS {} AS BIGINT;\n", n.quoted(n.lock_tokens)) +
+  return formatted("CREATE SEQUENCE IF NOT EXISTS {} AS BIGINT;\n", n.quoted(n.lock_tokens)) +
          pass_on_grants(n.schema, n.state, "USAGE, SELECT", "SEQUENCE " + n.quoted(n.lock_tokens));
 }
 
 std::string create_timeouts(const PrefixNames& n) {
-  return fmt::format(
+  return formatted(
              "CREATE TABLE IF NOT EXISTS {0} (\n"
              "    namespace {2},\n"
              "    tenant {2},\n"
@@ -82,7 +82,7 @@ std::string create_timeouts(const PrefixNames& n) {
 
 // Waiters are UNLOGGED: who waits is of no interest after a crash.
 std::string create_locks(const PrefixNames& n) {
-  return fmt::format(
+  return formatted(
              "CREATE TABLE IF NOT EXISTS {0} (\n"
              "    namespace {2},\n"
              "    tenant {2},\n"
@@ -121,9 +121,9 @@ std::string grant_statements(const PrefixNames& n, const std::vector<Part>& part
   // Not needed, but without it waiters ask now and then instead of being told.
   if (parts[0].name == n.locks && found.table(n.lock_waiters).exists)
     tables += ", " + n.quoted(n.lock_waiters);
-  std::string out = fmt::format("GRANT USAGE ON SCHEMA {} TO {}; ", quote_identifier(n.schema), role);
-  out += fmt::format("GRANT SELECT, INSERT, UPDATE, DELETE ON {} TO {};", tables, role);
-  if (!sequences.empty()) out += fmt::format(" GRANT USAGE ON SEQUENCE {} TO {};", sequences, role);
+  std::string out = formatted("GRANT USAGE ON SCHEMA {} TO {}; ", quote_identifier(n.schema), role);
+  out += formatted("GRANT SELECT, INSERT, UPDATE, DELETE ON {} TO {};", tables, role);
+  if (!sequences.empty()) out += formatted(" GRANT USAGE ON SEQUENCE {} TO {};", sequences, role);
   return out;
 }
 
@@ -134,25 +134,25 @@ Status check(const PrefixNames& n, const std::vector<Part>& parts, const Invento
   if (Status standby = check_server(found); !standby.ok()) return standby;
   const std::string create_hint =
       auto_create
-          ? fmt::format("auto_create = true could not make it: GRANT CREATE ON SCHEMA {} TO {};",
-                        quote_identifier(n.schema), quote_identifier(found.user))
+          ? formatted("auto_create = true could not make it: GRANT CREATE ON SCHEMA {} TO {};",
+                      quote_identifier(n.schema), quote_identifier(found.user))
           : "run `ratesync migrate -c FILE` or set auto_create = true, and check prefix and schema_name";
   if (!found.schema_exists)
-    return fail("3F000", fmt::format("schema {} does not exist, so neither does table {}: {}",
-                                     quote_identifier(n.schema), n.quoted(parts[0].name), create_hint));
+    return fail("3F000", formatted("schema {} does not exist, so neither does table {}: {}",
+                                   quote_identifier(n.schema), n.quoted(parts[0].name), create_hint));
   for (const Part& part : parts) {
     const Inventory::Table table = found.table(part.name);
     const char* const kind = part.columns ? "table" : "sequence";
     if (!table.exists)
-      return fail("42P01", fmt::format("{} {} does not exist: {}", kind, n.quoted(part.name), create_hint));
+      return fail("42P01", formatted("{} {} does not exist: {}", kind, n.quoted(part.name), create_hint));
     if (const std::string missing = part.columns ? table.missing(*part.columns) : ""; !missing.empty())
-      return fail("42703", fmt::format("table {} is not the one that belongs to prefix {}: column(s) {} "
-                                       "missing; choose another prefix or schema_name",
-                                       n.quoted(part.name), quote_identifier(n.prefix), missing));
+      return fail("42703", formatted("table {} is not the one that belongs to prefix {}: column(s) {} "
+                                     "missing; choose another prefix or schema_name",
+                                     n.quoted(part.name), quote_identifier(n.prefix), missing));
     if (!found.schema_usage || !table.writable() || !table.can_delete)
-      return fail("42501", fmt::format("permission denied on {} {} for role {}: run as its owner: {}", kind,
-                                       n.quoted(part.name), quote_identifier(found.user),
-                                       grant_statements(n, parts, found)));
+      return fail("42501", formatted("permission denied on {} {} for role {}: run as its owner: {}", kind,
+                                     n.quoted(part.name), quote_identifier(found.user),
+                                     grant_statements(n, parts, found)));
   }
   return Status::success();
 }
@@ -175,10 +175,10 @@ Result<PrefixNames> PrefixNames::make(const std::string& schema, const std::stri
     return Status::make(Code::invalid, "prefix must not contain a NUL character");
   if (utf8_length(prefix) < 0) return Status::make(Code::invalid, "prefix is not valid UTF-8");
   if (prefix.size() > kPrefixBytes)
-    return Status::make(
-        Code::invalid, fmt::format("prefix: expected at most {} bytes (names of tables are derived from it), "
-                                   "got {}",
-                                   kPrefixBytes, prefix.size()));
+    return Status::make(Code::invalid,
+                        formatted("prefix: expected at most {} bytes (names of tables are derived from it), "
+                                  "got {}",
+                                  kPrefixBytes, prefix.size()));
   if (Status bad = check_identifier("schema_name", schema); !bad.ok()) return bad;
   return PrefixNames{schema,
                      prefix,
@@ -235,31 +235,31 @@ std::vector<Finding> prefix_findings(const PrefixNames& n, const Inventory& foun
   };
   const auto report = [&](const char* subject, const Status& status, const std::string& tables) {
     if (status.ok())
-      add(Level::ok, subject, fmt::format("prefix {}: {} are there", quote_identifier(n.prefix), tables));
+      add(Level::ok, subject, formatted("prefix {}: {} are there", quote_identifier(n.prefix), tables));
     else if (status.sqlstate == "42P01" && auto_create)
       add(Level::warning, subject,
-          fmt::format("prefix {}: {} do not exist yet: auto_create makes them at the first use, or run "
-                      "`ratesync migrate -c FILE`",
-                      quote_identifier(n.prefix), tables));
+          formatted("prefix {}: {} do not exist yet: auto_create makes them at the first use, or run "
+                    "`ratesync migrate -c FILE`",
+                    quote_identifier(n.prefix), tables));
     else
       add(Level::error, subject, status.message);
   };
   report("state", check_state(n, found, false),
-         fmt::format("{}, {} and {}", n.quoted(n.state), n.quoted(n.floors), n.quoted(n.timeouts)));
+         formatted("{}, {} and {}", n.quoted(n.state), n.quoted(n.floors), n.quoted(n.timeouts)));
   const Status locks = check_locks(n, found, false);
-  report("locks", locks, fmt::format("{} and {}", n.quoted(n.locks), n.quoted(n.lock_tokens)));
+  report("locks", locks, formatted("{} and {}", n.quoted(n.locks), n.quoted(n.lock_tokens)));
   if (const Inventory::Table state = found.table(n.state);
       state.exists && state.missing(kStateColumns).empty() && !state.indexed.contains("expires_at"))
     add(Level::warning, "state",
-        fmt::format("{0} has no index on expires_at, removing expired rows will be slow: CREATE INDEX {1} ON "
-                    "{0} (expires_at) WHERE expires_at IS NOT NULL;",
-                    n.quoted(n.state), quote_identifier("idx_" + n.state + "_end")));
+        formatted("{0} has no index on expires_at, removing expired rows will be slow: CREATE INDEX {1} ON "
+                  "{0} (expires_at) WHERE expires_at IS NOT NULL;",
+                  n.quoted(n.state), quote_identifier("idx_" + n.state + "_end")));
   if (locks.ok() && !lock_waiters_usable(n, found))
     add(Level::warning, "locks",
-        fmt::format("table {0} is missing or not granted: waiters for a lock ask now and then; run "
-                    "`ratesync migrate -c FILE` as the owner, or GRANT SELECT, INSERT, UPDATE, DELETE ON {0} "
-                    "TO {1};",
-                    n.quoted(n.lock_waiters), quote_identifier(found.user)));
+        formatted("table {0} is missing or not granted: waiters for a lock ask now and then; run "
+                  "`ratesync migrate -c FILE` as the owner, or GRANT SELECT, INSERT, UPDATE, DELETE ON {0} "
+                  "TO {1};",
+                  n.quoted(n.lock_waiters), quote_identifier(found.user)));
   return out;
 }
 

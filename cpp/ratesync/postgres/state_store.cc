@@ -1,11 +1,10 @@
 #include "ratesync/postgres/state_store.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <chrono>
 #include <utility>
 
+#include "ratesync/base/format.h"
 #include "ratesync/postgres/state_stage.h"
 #include "ratesync/postgres/state_trip.h"
 
@@ -25,7 +24,7 @@ Status check_text(std::string_view what, std::string_view text, std::size_t most
   if (!text.empty() && text.size() <= most && utf8_length(text) > 0) return Status::success();
   return Status::make(
       Code::invalid,
-      fmt::format("{}: expected 1 to {} bytes of UTF-8 without NUL, got {} bytes", what, most, text.size()));
+      formatted("{}: expected 1 to {} bytes of UTF-8 without NUL, got {} bytes", what, most, text.size()));
 }
 
 Status check(const store::Space& space, const std::string& kind) {

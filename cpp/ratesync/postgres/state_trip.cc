@@ -1,11 +1,10 @@
 // The rounds of a trip: what is asked in one pipeline, and what becomes of refusals.
 #include "ratesync/postgres/state_trip.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <chrono>
 
+#include "ratesync/base/format.h"
 #include "ratesync/postgres/errors.h"
 #include "ratesync/postgres/state_stage.h"
 
@@ -121,9 +120,9 @@ void PgStateStore::answered(const TripPtr& trip, PipelineResult result) {
         failed.push_back(
             {{&item},
              Status::make(Code::server,
-                          fmt::format("the row changed {} times while it was decided on; is it being "
-                                      "deleted all the time?",
-                                      kRaces),
+                          formatted("the row changed {} times while it was decided on; is it being "
+                                    "deleted all the time?",
+                                    kRaces),
                           "40001")});
       }
       std::erase_if(dealt.again, [](const QueuedState* item) { return item->races > kRaces; });

@@ -1,6 +1,6 @@
 // Text forms that PostgreSQL reads: arrays as parameters, identifiers inside statements.
-#include <fmt/format.h>
 
+#include "ratesync/base/format.h"
 #include "ratesync/postgres/connection.h"
 
 namespace ratesync::postgres {
@@ -52,7 +52,7 @@ std::string array_of_text(const std::vector<std::string_view>& values) {
 }
 
 std::string array_of_int(const std::vector<std::int64_t>& values) {
-  return fmt::format("{{{}}}", fmt::join(values, ","));
+  return formatted("{{{}}}", fmt::join(values, ","));
 }
 
 std::string quote_identifier(std::string_view name) {
@@ -63,13 +63,13 @@ std::string quote_identifier(std::string_view name) {
 
 Status check_identifier(std::string_view option, std::string_view name) {
   const auto bad = [option](std::string_view what) {
-    return Status::make(Code::invalid, fmt::format("{} {}", option, what));
+    return Status::make(Code::invalid, formatted("{} {}", option, what));
   };
   if (name.empty()) return bad("must not be empty");
   if (name.find('\0') != std::string_view::npos) return bad("must not contain a NUL character");
   if (name.size() > kMaxIdentifier)
-    return bad(fmt::format("is {} bytes long; PostgreSQL's names have at most {} bytes", name.size(),
-                           kMaxIdentifier));
+    return bad(
+        formatted("is {} bytes long; PostgreSQL's names have at most {} bytes", name.size(), kMaxIdentifier));
   return Status::success();
 }
 

@@ -1,7 +1,5 @@
 #include "ratesync/redis/cluster.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <asio/post.hpp>
 #include <asio/steady_timer.hpp>
@@ -9,6 +7,7 @@
 #include <random>
 #include <utility>
 
+#include "ratesync/base/format.h"
 #include "ratesync/redis/cluster_nodes.h"
 #include "ratesync/redis/errors.h"
 #include "ratesync/redis/scan.h"
@@ -123,9 +122,9 @@ void Core::run(const CallRef& call) {
   const MemberRef member = call->keyed ? nodes_->owner(call->slot) : nodes_->any();
   if (member) return run_at(member, call, false);
   nodes_->refresh();
-  park(call, Status::make(Code::unavailable,
-                          fmt::format("no node of the Redis Cluster owns slot {} (or none was found yet)",
-                                      call->slot)));
+  park(call, Status::make(
+                 Code::unavailable,
+                 formatted("no node of the Redis Cluster owns slot {} (or none was found yet)", call->slot)));
 }
 
 void Core::run_at(const MemberRef& member, const CallRef& call, bool asking) {
@@ -167,10 +166,10 @@ void Core::refused(const MemberRef& member, const CallRef& call, const Reply& er
   if (redirect && !closed_) {
     if (!redirect->ask) nodes_->moved(redirect->slot, redirect->node);
     if (++call->redirects > kMaxRedirects)
-      return call->done(Status::make(
-          Code::unavailable,
-          fmt::format("the nodes of the Redis Cluster sent {} from one to the other {} times: {}",
-                      call->name(), kMaxRedirects, error.text)));
+      return call->done(
+          Status::make(Code::unavailable,
+                       formatted("the nodes of the Redis Cluster sent {} from one to the other {} times: {}",
+                                 call->name(), kMaxRedirects, error.text)));
     if (call->redirects <= kQuickRedirects && clock_.now() < call->deadline)
       return run_at(nodes_->at(redirect->node), call, redirect->ask);
     return park(call, from_server(error.text, {member->connection->peer(), user_, call->name()}));
@@ -189,9 +188,9 @@ void Core::refused(const MemberRef& member, const CallRef& call, const Reply& er
 void Core::park(const CallRef& call, Status why) {
   if (closed_) return fail_later(call, Status::make(Code::closed, "the store was closed"));
   if (parked_.size() >= kMaxParked)
-    return fail_later(call, Status::make(Code::exhausted,
-                                         fmt::format("{} commands wait for a node of the Redis Cluster: {}",
-                                                     kMaxParked, why.message)));
+    return fail_later(
+        call, Status::make(Code::exhausted, formatted("{} commands wait for a node of the Redis Cluster: {}",
+                                                      kMaxParked, why.message)));
   const Nanos span = std::min(kMaxPause, kMinPause << std::min(call->pauses++, 10));
   const Nanos pause = std::uniform_int_distribution<Nanos>(span / 2, span)(random_);
   parked_.push_back({call, clock_.now() + pause, std::move(why)});

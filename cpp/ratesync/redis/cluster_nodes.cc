@@ -1,12 +1,11 @@
 #include "ratesync/redis/cluster_nodes.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <asio/post.hpp>
 #include <chrono>
 #include <utility>
 
+#include "ratesync/base/format.h"
 #include "ratesync/redis/errors.h"
 
 namespace ratesync::redis {
@@ -17,7 +16,7 @@ constexpr Nanos kMaxPause = kSecond;    // while no node answers
 constexpr Nanos kHedge = 200 * kMilli;  // then the next node is asked too
 constexpr Nanos kSilent = 500 * kMilli;
 
-std::string key_of(const HostPort& node) { return fmt::format("{}:{}", node.host, node.port); }
+std::string key_of(const HostPort& node) { return formatted("{}:{}", node.host, node.port); }
 
 }  // namespace
 
@@ -219,8 +218,8 @@ void ClusterNodes::fail() {
   last_error_ = attempt_error_;
   if (last_error_.ok())
     last_error_ = Status::make(Code::unavailable,
-                               fmt::format("no node of the cluster answered within {} ms ({} were asked)",
-                                           options_.connect_timeout / kMilli, candidates_.size()));
+                               formatted("no node of the cluster answered within {} ms ({} were asked)",
+                                         options_.connect_timeout / kMilli, candidates_.size()));
   down_ = true;
   const Nanos span = std::min(kMaxPause, kPause << std::min(failures_++, 10));
   not_before_ = real_.now() + std::uniform_int_distribution<Nanos>(span / 2, span)(random_);
@@ -243,7 +242,7 @@ void ClusterNodes::prune() {
     }
     count(connection, retired_);
     connection.close(Status::make(Code::unavailable,
-                                  fmt::format("the node at {} owns no slot any more", key_of(member.at))));
+                                  formatted("the node at {} owns no slot any more", key_of(member.at))));
     at = members_.erase(at);
   }
 }

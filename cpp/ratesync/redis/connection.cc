@@ -1,13 +1,12 @@
 #include "ratesync/redis/connection.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <asio/post.hpp>
 #include <asio/steady_timer.hpp>
 #include <utility>
 #include <vector>
 
+#include "ratesync/base/format.h"
 #include "ratesync/redis/backoff.h"
 #include "ratesync/redis/outbox.h"
 #include "ratesync/redis/session.h"
@@ -119,19 +118,19 @@ class Multiplexed final : public Connection {
 
 Status Multiplexed::refusal() const {
   if (state_ == State::closed || finishing_)
-    return Status::make(Code::closed, fmt::format("the connection to Redis at {} was closed", peer()));
+    return Status::make(Code::closed, formatted("the connection to Redis at {} was closed", peer()));
   if (down())
     return Status::make(
         Code::unavailable,
-        fmt::format("Redis is down, calls fail at once until it is back: {}", backoff_.last_error().message),
+        formatted("Redis is down, calls fail at once until it is back: {}", backoff_.last_error().message),
         backoff_.last_error().sqlstate);
   if (outbox_.size() >= options_->max_pending || outbox_.unsent_bytes() >= options_->max_pending_bytes)
     return Status::make(
         Code::exhausted,
-        fmt::format("too many commands wait for Redis at {}: {} ({} not sent, {} bytes; the bounds are {} "
-                    "commands, {} bytes). The server is slower than this process asks.",
-                    peer(), outbox_.size(), outbox_.unsent(), outbox_.unsent_bytes(), options_->max_pending,
-                    options_->max_pending_bytes));
+        formatted("too many commands wait for Redis at {}: {} ({} not sent, {} bytes; the bounds are {} "
+                  "commands, {} bytes). The server is slower than this process asks.",
+                  peer(), outbox_.size(), outbox_.unsent(), outbox_.unsent_bytes(), options_->max_pending,
+                  options_->max_pending_bytes));
   return Status::success();
 }
 
@@ -180,7 +179,7 @@ void Multiplexed::flush() {
 // Nothing of `this` may be touched after the callback: it may have let go of us.
 void Multiplexed::on_reply(Reply reply) {
   if (outbox_.sent() == 0)
-    return lose(Status::make(Code::protocol, fmt::format("{} answered what was not asked", peer())));
+    return lose(Status::make(Code::protocol, formatted("{} answered what was not asked", peer())));
   in_replies_ = true;
   const ReplyCallback done = outbox_.answered();
   done(std::move(reply));
@@ -285,9 +284,9 @@ void Multiplexed::lose(Status why) {
   retire_at_ = kForever;
   backoff_.lost(real_.now());
   std::vector<ReplyCallback> sent = outbox_.take_sent();
-  answer(sent, Status::make(Code::in_doubt, fmt::format("the connection to Redis at {} was lost before the "
-                                                        "answer came, the command may have been executed: {}",
-                                                        peer(), why.message)));
+  answer(sent, Status::make(Code::in_doubt, formatted("the connection to Redis at {} was lost before the "
+                                                      "answer came, the command may have been executed: {}",
+                                                      peer(), why.message)));
   for (std::size_t i = 0; i < lost_.size(); ++i) lost_[i](why);
   if (finishing_ && state_ != State::closed) return end_finish();
   kick();
@@ -329,7 +328,7 @@ void Multiplexed::shut(Status why) {
   answer_later(
       outbox_.take_sent(),
       Status::make(Code::in_doubt,
-                   fmt::format("the connection to Redis at {} was closed before the answer came", peer())));
+                   formatted("the connection to Redis at {} was closed before the answer came", peer())));
   answer_later(outbox_.take_unsent(), why);
   for (Done& done : connecting_) asio::post(io_, [done = std::move(done), why] { done(why); });
   connecting_.clear();
@@ -351,7 +350,7 @@ void Multiplexed::finish(Nanos grace, std::function<void()> done) {
 
 void Multiplexed::end_finish() {
   const auto held = self();
-  shut(Status::make(Code::closed, fmt::format("the connection to Redis at {} was closed", peer())));
+  shut(Status::make(Code::closed, formatted("the connection to Redis at {} was closed", peer())));
   // Behind the answers that shut() posted.
   if (finished_) asio::post(io_, std::exchange(finished_, nullptr));
 }
@@ -378,8 +377,8 @@ void Multiplexed::tick() {
       lose(retire_why_);
     else if (sent_at != kForever && saturating_add(sent_at, options_->command_timeout) <= now)
       lose(Status::make(Code::unavailable,
-                        fmt::format("no answer within {} ms (socket_timeout), {} commands waited for one",
-                                    options_->command_timeout / kMilli, outbox_.sent())));
+                        formatted("no answer within {} ms (socket_timeout), {} commands waited for one",
+                                  options_->command_timeout / kMilli, outbox_.sent())));
   }
   expire();
   kick();
@@ -392,8 +391,8 @@ void Multiplexed::expire() {
   std::string why = state_ == State::open ? "the server does not read" : "no connection";
   if (!backoff_.last_error().ok()) why = backoff_.last_error().message;
   answer(late,
-         Status::make(Code::timeout, fmt::format("could not send to Redis at {} in time ({} commands): {}",
-                                                 peer(), late.size(), why)));
+         Status::make(Code::timeout, formatted("could not send to Redis at {} in time ({} commands): {}",
+                                               peer(), late.size(), why)));
 }
 
 // One timer for all: it stays armed for the earliest moment that was ever asked for, and looks again

@@ -1,13 +1,12 @@
 #include "ratesync/redis/doctor.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
 #include <memory>
 #include <utility>
 
+#include "ratesync/base/format.h"
 #include "ratesync/redis/info.h"
 
 namespace ratesync::redis {
@@ -68,13 +67,13 @@ class Examination : public std::enable_shared_from_this<Examination> {
             }
           }
           me->add(Level::ok, "deployment",
-                  fmt::format("{} primar{}{}", all.size(), all.size() == 1 ? "y" : "ies",
-                              me->commander_.clustered()
-                                  ? ", a Cluster: limits acquired together, and what is all or nothing, "
-                                    "need one hash slot (option hash_tag)"
-                                  : ""));
+                  formatted("{} primar{}{}", all.size(), all.size() == 1 ? "y" : "ies",
+                            me->commander_.clustered()
+                                ? ", a Cluster: limits acquired together, and what is all or nothing, "
+                                  "need one hash slot (option hash_tag)"
+                                : ""));
           me->add(took > 100'000 ? Level::warning : Level::ok, "latency",
-                  fmt::format("INFO took {:.1f} ms", static_cast<double>(took) / 1000));
+                  formatted("INFO took {:.1f} ms", static_cast<double>(took) / 1000));
           me->ask_time();
         });
   }
@@ -83,25 +82,25 @@ class Examination : public std::enable_shared_from_this<Examination> {
     const ServerInfo server = ServerInfo::parse(info);
     const bool old = server.major > 0 && (server.major < 6 || (server.major == 6 && server.minor < 2));
     add(old ? Level::error : Level::ok, "server version",
-        fmt::format("{} {} at {}{}", server.product, server.version, commander_.target(),
-                    old ? ": 6.2 is the oldest that works" : ""));
+        formatted("{} {} at {}{}", server.product, server.version, commander_.target(),
+                  old ? ": 6.2 is the oldest that works" : ""));
     const std::string policy(info_field(info, "maxmemory_policy"));
     const std::string most(info_field(info, "maxmemory_human"));
     const bool bounded = info_field(info, "maxmemory") != "0" && !most.empty();
     if (!bounded)
-      add(Level::ok, "memory", fmt::format("no maxmemory; {} in use", info_field(info, "used_memory_human")));
+      add(Level::ok, "memory", formatted("no maxmemory; {} in use", info_field(info, "used_memory_human")));
     else if (policy == "noeviction")
       add(Level::ok, "memory",
-          fmt::format("maxmemory {}, noeviction: when it is full, requests are refused", most));
+          formatted("maxmemory {}, noeviction: when it is full, requests are refused", most));
     else if (policy.starts_with("volatile-"))  // rows of state have no expiry of the server's
       add(Level::warning, "memory",
-          fmt::format(
+          formatted(
               "maxmemory {} with {}: when it is full, limits and locks may be evicted and start afresh, and "
               "when none of them is left, requests are refused; use noeviction, or a server of their own",
               most, policy));
     else
       add(Level::warning, "memory",
-          fmt::format(
+          formatted(
               "maxmemory {} with {}: when it is full, limits, locks and keys of state may be evicted and "
               "start afresh, their versions and tokens, too; use noeviction, or a server of their own",
               most, policy));
@@ -115,8 +114,8 @@ class Examination : public std::enable_shared_from_this<Examination> {
     const std::string_view clients = info_field(info, "maxclients");
     if (!clients.empty())
       add(Level::ok, "connections",
-          fmt::format("two per process at most (pool_max_size is {}), of the server's maxclients {}",
-                      pool_max_size_, clients));
+          formatted("two per process at most (pool_max_size is {}), of the server's maxclients {}",
+                    pool_max_size_, clients));
   }
 
   void ask_time() {
@@ -131,8 +130,8 @@ class Examination : public std::enable_shared_from_this<Examination> {
         const std::int64_t skew = server - (before + after) / 2;
         me->add(
             std::abs(skew) > 1'000'000 ? Level::warning : Level::ok, "clock",
-            fmt::format("the server's clock is {:.3f} s ahead of this host's; limits use the server's alone",
-                        static_cast<double>(skew) / 1e6));
+            formatted("the server's clock is {:.3f} s ahead of this host's; limits use the server's alone",
+                      static_cast<double>(skew) / 1e6));
       }
       me->ask_rights(0);
     });
@@ -222,9 +221,9 @@ class Examination : public std::enable_shared_from_this<Examination> {
       grants += " +" + lower + (lower == "script" ? "|load" : "");
     }
     add(Level::error, "rights",
-        fmt::format("this user may not use {}: let an administrator say ACL SETUSER <user>{} ~<key_prefix>:* "
-                    "&<key_prefix>:*{}",
-                    names, grants, prefixes_.empty() ? "" : " ~<prefix>* &<prefix>* (of state and locks)"));
+        formatted("this user may not use {}: let an administrator say ACL SETUSER <user>{} ~<key_prefix>:* "
+                  "&<key_prefix>:*{}",
+                  names, grants, prefixes_.empty() ? "" : " ~<prefix>* &<prefix>* (of state and locks)"));
   }
 
   Commander& commander_;

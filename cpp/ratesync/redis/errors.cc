@@ -1,9 +1,9 @@
 #include "ratesync/redis/errors.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <array>
+
+#include "ratesync/base/format.h"
 
 namespace ratesync::redis {
 namespace {
@@ -20,7 +20,7 @@ std::string_view first_word(std::string_view text) {
 }
 
 std::string user_of(const ErrorContext& c) {
-  return c.user.empty() ? "the default user" : fmt::format("user \"{}\"", c.user);
+  return c.user.empty() ? "the default user" : formatted("user \"{}\"", c.user);
 }
 
 std::string at(const ErrorContext& c) { return c.peer.empty() ? "" : " at " + c.peer; }
@@ -32,10 +32,9 @@ std::string cure(std::string_view kind, std::string_view error, const ErrorConte
     return "The server wants a password: put it into the url (redis://:PASSWORD@host, or user:PASSWORD) or "
            "set the option password.";
   if (kind == "WRONGPASS")
-    return fmt::format("Check the password of {} in the url or the option password, and ACL LIST.",
-                       user_of(c));
+    return formatted("Check the password of {} in the url or the option password, and ACL LIST.", user_of(c));
   if (kind == "NOPERM")
-    return fmt::format(
+    return formatted(
         "Let an administrator give {} what is missing: ACL SETUSER {} ~<key_prefix>* "
         "&<key_prefix>* +@all -@admin -@dangerous +info +role. `ratesync doctor` names the commands.",
         user_of(c), c.user.empty() ? "default" : c.user);
@@ -74,7 +73,7 @@ std::string cure(std::string_view kind, std::string_view error, const ErrorConte
   if (says("AUTH") && says("without any password"))
     return "The server has no password: remove it from the url and the options.";
   if (says("invalid username-password") || says("invalid password"))
-    return fmt::format("Check the password of {} in the url or the option password.", user_of(c));
+    return formatted("Check the password of {} in the url or the option password.", user_of(c));
   if (says("wrong number of arguments for 'auth'"))
     return "The server is older than Redis 6 and knows no users: give only a password.";
   if (says("DB index is out of range") || says("invalid DB index"))
@@ -111,8 +110,8 @@ std::string_view kind_of(std::string_view error) {
 
 Status from_server(std::string_view error, const ErrorContext& context) {
   const std::string_view kind = kind_of(error);
-  std::string message = fmt::format("Redis{}{}{}: {}", at(context), context.command.empty() ? "" : ", ",
-                                    context.command, error);
+  std::string message =
+      formatted("Redis{}{}{}: {}", at(context), context.command.empty() ? "" : ", ", context.command, error);
   if (const std::string todo = cure(kind, error, context); !todo.empty()) {
     if (message.back() != '.') message += '.';
     message += ' ' + todo;

@@ -1,11 +1,11 @@
 // One call of a lane: its number and receipt, and what is done when its answer is lost.
-#include <fmt/format.h>
 
 #include <algorithm>
 #include <chrono>
 #include <random>
 #include <utility>
 
+#include "ratesync/base/format.h"
 #include "ratesync/redis/lane_trip.h"
 #include "ratesync/redis/scripts.h"
 
@@ -22,7 +22,7 @@ constexpr unsigned kMostRefusals = 5;
 std::string session_name() {
   static thread_local std::mt19937_64 random{(static_cast<std::uint64_t>(std::random_device{}()) << 32) ^
                                              std::random_device{}()};
-  return fmt::format("{:016x}", random());
+  return formatted("{:016x}", random());
 }
 
 bool is_certain(const Status& status) {
@@ -32,7 +32,7 @@ bool is_certain(const Status& status) {
 
 Status doubt(const std::string& target, const std::string& why) {
   return Status::make(Code::in_doubt,
-                      fmt::format("{} did not answer whether this was executed: {}", target, why));
+                      formatted("{} did not answer whether this was executed: {}", target, why));
 }
 
 }  // namespace

@@ -1,7 +1,5 @@
 #include "ratesync/redis/lanes.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <asio/post.hpp>
 #include <chrono>

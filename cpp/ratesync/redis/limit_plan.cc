@@ -1,10 +1,9 @@
 // Sorting operations into a call, and writing the call down.
 #include "ratesync/redis/limit_plan.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 
+#include "ratesync/base/format.h"
 #include "ratesync/limits/micro_rate.h"
 
 namespace ratesync::redis {
@@ -90,7 +89,7 @@ void sort_by_arrival(OpList& pending) {
   for (std::size_t i = 0; i < places.size(); ++i) pending[places[i]] = std::move(acquires[i]);
 }
 
-void add(Command& command, double value) { command.add(fmt::format("{}", value)); }
+void add(Command& command, double value) { command.add(formatted("{}", value)); }
 
 std::int64_t room_of(const limits::Params& params, Nanos patience) {
   const std::int64_t us = std::min(patience == kForever ? kFarthest : patience / kMicro, kFarthest);

@@ -1,11 +1,10 @@
 #include "ratesync/redis/limit_store.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <random>
 #include <utility>
 
+#include "ratesync/base/format.h"
 #include "ratesync/limits/micro_rate.h"
 
 namespace ratesync::redis {
@@ -26,7 +25,7 @@ std::uint64_t random_seed() {
 Status check_id(const std::string& id) {
   if (!id.empty() && id.size() <= kLongestId) return Status::success();
   return Status::make(Code::invalid,
-                      fmt::format("group_id: expected 1 to {} bytes, got {}", kLongestId, id.size()));
+                      formatted("group_id: expected 1 to {} bytes, got {}", kLongestId, id.size()));
 }
 
 }  // namespace
@@ -41,7 +40,7 @@ RedisLimitStore::RedisLimitStore(asio::io_context& io, const Clock& clock, Limit
       holders_(random_seed()),
       timer_(std::make_unique<asio::steady_timer>(io)) {
   speaker_.who = options_.holder;
-  speaker_.process = fmt::format("{:016x}", random_seed());
+  speaker_.process = formatted("{:016x}", random_seed());
 }
 
 RedisLimitStore::~RedisLimitStore() { *alive_ = false; }
@@ -100,8 +99,8 @@ void RedisLimitStore::push(QueuedOp op) {
   if (Status bad = check_id(op.group->id); !bad.ok()) return fail(op, bad);
   if (queued_ >= options_.max_queue)
     return fail(op, Status::make(Code::exhausted,
-                                 fmt::format("the queue is full: {} operations wait (at most {}) for {}",
-                                             queued_, options_.max_queue, backend_.commander().target())));
+                                 formatted("the queue is full: {} operations wait (at most {}) for {}",
+                                           queued_, options_.max_queue, backend_.commander().target())));
   const std::string& id = op.group->id;
   Line& line = line_of(id);
   const GroupRef keep = op.group;
@@ -142,7 +141,7 @@ void RedisLimitStore::acquire_all(store::AcquireAllOp* op) {
     if (Status bad = check_id(part.group->id); !bad.ok()) return fail_all(op, bad);
   if (queued_ >= options_.max_queue)
     return fail_all(
-        op, Status::make(Code::exhausted, fmt::format("the queue is full: {} operations wait", queued_)));
+        op, Status::make(Code::exhausted, formatted("the queue is full: {} operations wait", queued_)));
   auto all = std::make_shared<All>();
   all->op = op;
   for (const store::Part& part : op->parts) {
@@ -170,13 +169,13 @@ Status RedisLimitStore::check_slots(All& all) const {
     return Status::success();
   std::string names;
   for (const store::Part& part : parts)
-    names += fmt::format("{}'{}' (slot {})", names.empty() ? "" : ", ", part.group->id, slot_of(part));
+    names += formatted("{}'{}' (slot {})", names.empty() ? "" : ", ", part.group->id, slot_of(part));
   return Status::make(
       Code::invalid,
-      fmt::format("a Redis Cluster cannot decide limits of different hash slots in one step: {}. "
-                  "Give the store the option hash_tag, which keeps all its limits in one slot, or "
-                  "acquire them one after the other",
-                  names));
+      formatted("a Redis Cluster cannot decide limits of different hash slots in one step: {}. "
+                "Give the store the option hash_tag, which keeps all its limits in one slot, or "
+                "acquire them one after the other",
+                names));
 }
 
 // It no longer waits for its lines: sent, or given up.

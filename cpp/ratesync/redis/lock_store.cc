@@ -1,11 +1,10 @@
 #include "ratesync/redis/lock_store.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <random>
 #include <tuple>
 
+#include "ratesync/base/format.h"
 #include "ratesync/redis/errors.h"
 #include "ratesync/redis/scripts.h"
 
@@ -23,7 +22,7 @@ constexpr std::int64_t kLongest = 5'000'000'000'000;  // ms
 
 std::string random_name() {
   std::random_device device;
-  return fmt::format("{:08x}{:08x}", device(), device());
+  return formatted("{:08x}{:08x}", device(), device());
 }
 
 std::uint32_t bucket_of(const store::Space& space, const std::string& name) {

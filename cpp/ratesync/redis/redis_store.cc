@@ -1,11 +1,11 @@
 #include "ratesync/redis/redis_store.h"
 
-#include <fmt/format.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <utility>
 
+#include "ratesync/base/format.h"
 #include "ratesync/redis/commander_factory.h"
 #include "ratesync/redis/doctor.h"
 #include "ratesync/redis/info.h"
@@ -19,11 +19,11 @@ constexpr Nanos kClosePatience = 2 * kSecond;
 std::string holder_text() {
   char host[256] = "?";
   (void)gethostname(host, sizeof host - 1);
-  return fmt::format("{}:{} ratesync", host, getpid());
+  return formatted("{}:{} ratesync", host, getpid());
 }
 
 Status bad_option(std::string_view option, std::string_view expected, const std::string& received) {
-  return Status::make(Code::invalid, fmt::format("{}: expected {}, got {}", option, expected, received));
+  return Status::make(Code::invalid, formatted("{}: expected {}, got {}", option, expected, received));
 }
 
 Status check(const RedisOptions& options) {
@@ -191,8 +191,8 @@ void RedisStore::look_at_version() {
     const ServerInfo found = ServerInfo::parse(Result<Reply>(kept).value().text);
     if (found.major > 0 && (found.major < 6 || (found.major == 6 && found.minor < 2)))
       return checked(Status::make(
-          Code::invalid, fmt::format("{} {} at {} is too old: Redis 6.2 or later, or Valkey, is needed",
-                                     found.product, found.version, commander_->target())));
+          Code::invalid, formatted("{} {} at {} is too old: Redis 6.2 or later, or Valkey, is needed",
+                                   found.product, found.version, commander_->target())));
     known_ = true;
     checked(Status::success());
   });

@@ -1,7 +1,5 @@
 #include "ratesync/redis/sentinel.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <asio/post.hpp>
 #include <asio/steady_timer.hpp>
@@ -11,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "ratesync/base/format.h"
 #include "ratesync/redis/errors.h"
 #include "ratesync/redis/forward.h"
 #include "ratesync/redis/single.h"
@@ -127,11 +126,10 @@ class Finder : public std::enable_shared_from_this<Finder> {
     if (!reply.ok()) return explained(reply.status());
     const Reply& value = reply.value();
     if (value.kind == Reply::Kind::nil)
-      return Status::make(
-          Code::invalid,
-          fmt::format("the Sentinel at {} knows no group named {}: redis-cli -p 26379 SENTINEL "
-                      "MASTERS lists the names; the url ends with one",
-                      peer, url_.primary_name));
+      return Status::make(Code::invalid,
+                          formatted("the Sentinel at {} knows no group named {}: redis-cli -p 26379 SENTINEL "
+                                    "MASTERS lists the names; the url ends with one",
+                                    peer, url_.primary_name));
     if (value.kind != Reply::Kind::array || value.items.size() != 2) return odd(peer);
     return address(value.items[0].text, value.items[1].text, peer);
   }
@@ -148,9 +146,8 @@ class Finder : public std::enable_shared_from_this<Finder> {
 
  private:
   static Status odd(const std::string& peer) {
-    return Status::make(
-        Code::protocol,
-        fmt::format("the Sentinel at {} named the primary's address in an unknown form", peer));
+    return Status::make(Code::protocol,
+                        formatted("the Sentinel at {} named the primary's address in an unknown form", peer));
   }
   static Status explained(Status status) {
     if (status.sqlstate == "NOAUTH" || status.sqlstate == "WRONGPASS")
@@ -160,7 +157,7 @@ class Finder : public std::enable_shared_from_this<Finder> {
   void fail(const SearchRef& search) {
     Status why = search->why;
     if (why.ok()) why = Status::make(Code::unavailable, "no answer");
-    why.message = fmt::format("no Sentinel of {} named the primary: {}", url_.describe(), why.message);
+    why.message = formatted("no Sentinel of {} named the primary: {}", url_.describe(), why.message);
     ++turn_;
     end(search, std::move(why));
   }

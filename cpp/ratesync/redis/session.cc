@@ -1,10 +1,9 @@
 #include "ratesync/redis/session.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <utility>
 
+#include "ratesync/base/format.h"
 #include "ratesync/redis/errors.h"
 #include "ratesync/redis/wire.h"
 
@@ -62,8 +61,8 @@ void Session::greet() {
     if (ec || !self || self->closed_ || !self->opened_) return;
     self->finish_open(Status::make(
         Code::unavailable,
-        fmt::format("Redis at {} accepts connections and does not answer: gave up after {:.0f} ms",
-                    self->peer(), static_cast<double>(self->clock_.now() - self->started_) / kMilli)));
+        formatted("Redis at {} accepts connections and does not answer: gave up after {:.0f} ms",
+                  self->peer(), static_cast<double>(self->clock_.now() - self->started_) / kMilli)));
   });
   read();
   greeting_written_ = write(greeting_, [this] {
@@ -97,9 +96,9 @@ void Session::received(std::size_t size) {
   if (!sound)
     return fail(Status::make(
         Code::protocol,
-        fmt::format("{} does not speak the Redis protocol: {}. Check host and port, and whether it wants "
-                    "TLS (rediss://).",
-                    peer(), reader_.error())));
+        formatted("{} does not speak the Redis protocol: {}. Check host and port, and whether it wants "
+                  "TLS (rediss://).",
+                  peer(), reader_.error())));
   if (!opened_ && handlers_.drained) handlers_.drained();
   if (!closed_) read();
 }
@@ -124,9 +123,9 @@ Status Session::check_role(const Reply& role) const {
   if (role.kind != Reply::Kind::array || role.items.empty() || role.items[0].text == "master")
     return Status::success();
   return Status::make(Code::unavailable,
-                      fmt::format("Redis at {} is a {}, not a primary: name the primary in the url, or use "
-                                  "redis+sentinel:// to have it found.",
-                                  peer(), role.items[0].text == "slave" ? "replica" : role.items[0].text));
+                      formatted("Redis at {} is a {}, not a primary: name the primary in the url, or use "
+                                "redis+sentinel:// to have it found.",
+                                peer(), role.items[0].text == "slave" ? "replica" : role.items[0].text));
 }
 
 bool Session::write(std::string_view bytes, std::function<void()> done) {

@@ -1,9 +1,9 @@
 #include "ratesync/redis/slots.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <charconv>
+
+#include "ratesync/base/format.h"
 
 namespace ratesync::redis {
 namespace {
@@ -28,7 +28,7 @@ std::optional<std::uint32_t> number(std::string_view text, std::uint32_t below) 
 }
 
 Status odd(std::string_view what) {
-  return Status::make(Code::protocol, fmt::format("CLUSTER SLOTS was answered with {}", what));
+  return Status::make(Code::protocol, formatted("CLUSTER SLOTS was answered with {}", what));
 }
 
 // [host, port, id, ...] of a node; no port: not to be reached, which is no error.
@@ -92,7 +92,7 @@ Result<SlotMap> SlotMap::parse(const Reply& reply, std::string_view answered_by)
     const std::int64_t first = range.items[0].integer;
     const std::int64_t last = range.items[1].integer;
     if (first < 0 || last < first || last >= static_cast<std::int64_t>(kSlots))
-      return odd(fmt::format("the slots {} to {}", first, last));
+      return odd(formatted("the slots {} to {}", first, last));
     for (std::size_t i = 2; i < range.items.size(); ++i) {
       const auto node = node_of(range.items[i], answered_by);
       if (!node) continue;
@@ -105,9 +105,9 @@ Result<SlotMap> SlotMap::parse(const Reply& reply, std::string_view answered_by)
     }
   }
   if (map.primaries_.empty())
-    return Status::make(Code::unavailable, fmt::format("the node at {} knows no owner of any slot: it is not "
-                                                       "(or not yet) part of a cluster",
-                                                       answered_by));
+    return Status::make(Code::unavailable, formatted("the node at {} knows no owner of any slot: it is not "
+                                                     "(or not yet) part of a cluster",
+                                                     answered_by));
   return map;
 }
 

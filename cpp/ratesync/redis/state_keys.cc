@@ -1,9 +1,9 @@
 #include "ratesync/redis/state_keys.h"
 
-#include <fmt/format.h>
-
 #include <utility>
 #include <vector>
+
+#include "ratesync/base/format.h"
 
 namespace ratesync::redis {
 namespace {
@@ -83,8 +83,8 @@ Status StateKeys::check(const std::string& prefix) {
       prefix.find_first_of(std::string_view("{}\0", 3)) == std::string::npos)
     return Status::success();
   return Status::make(Code::invalid,
-                      fmt::format("prefix: expected at most {} bytes without {{, }} and NUL, got \"{}\"",
-                                  kLongestPrefix, prefix));
+                      formatted("prefix: expected at most {} bytes without {{, }} and NUL, got \"{}\"",
+                                kLongestPrefix, prefix));
 }
 
 std::string StateKeys::tag(std::uint32_t shard) const {

@@ -1,10 +1,9 @@
 #include "ratesync/redis/state_store.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <utility>
 
+#include "ratesync/base/format.h"
 #include "ratesync/redis/errors.h"
 #include "ratesync/redis/scripts.h"
 
@@ -205,7 +204,7 @@ bool RedisStateStore::write_op(const StateOp& op, bool looking, CallWriter& to) 
   }
   // What is kept of a row besides version and expiry: type, whether it was removed, id, bucket.
   const auto rest = [&](Value::Type type) {
-    to.add(fmt::format("{} 0 {} {}", static_cast<int>(type), op.id, bucket));
+    to.add(formatted("{} 0 {} {}", static_cast<int>(type), op.id, bucket));
   };
   switch (op.verb) {
     case Verb::create:

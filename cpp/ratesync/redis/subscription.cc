@@ -1,7 +1,5 @@
 #include "ratesync/redis/subscription.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <utility>
 

@@ -1,8 +1,6 @@
 // Messages name parts of the url, never its text: a password with a raw '/', '?' or '@' may be anywhere.
 #include "ratesync/redis/url.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <array>
 #include <charconv>
@@ -11,6 +9,7 @@
 #include <optional>
 #include <utility>
 
+#include "ratesync/base/format.h"
 #include "ratesync/net/resolver.h"
 
 namespace ratesync::redis {
@@ -115,7 +114,7 @@ class Parser {
 };
 
 Status Parser::scheme() {
-  if (rest_.size() > kMaxLength) return invalid(fmt::format("longer than {} bytes", kMaxLength));
+  if (rest_.size() > kMaxLength) return invalid(formatted("longer than {} bytes", kMaxLength));
   if (std::any_of(rest_.begin(), rest_.end(), [](char c) { return c == 0x7f || (c >= 0 && c <= ' '); }))
     return invalid("blanks and control characters must be percent-encoded");
   const std::size_t end = rest_.find("://");
@@ -267,8 +266,8 @@ Status Parser::path() {
 Status Parser::set_db(std::string_view text) {
   int db = -1;
   if (!number(text, db) || db < 0)
-    return invalid(fmt::format("the db, at the end of the path or as db=, is no whole number from 0 to {}",
-                               std::numeric_limits<int>::max()));
+    return invalid(formatted("the db, at the end of the path or as db=, is no whole number from 0 to {}",
+                             std::numeric_limits<int>::max()));
   path_db_ = db;
   return Status::success();
 }
@@ -304,13 +303,13 @@ Status Parser::options() {
   const bool showable =
       !query_password_ && key.size() <= 32 &&
       std::all_of(key.begin(), key.end(), [](char c) { return (c >= 'a' && c <= 'z') || c == '_'; });
-  return invalid(fmt::format("unknown option{} after '?'. Known are db, username, password{}{}. {}",
-                             showable && query_.begin()->second.find('@') == std::string::npos
-                                 ? fmt::format(" '{}'", key)
-                                 : std::string(),
-                             sentinel ? ", sentinel_username, sentinel_password" : "",
-                             url_.tls.on ? ", ssl_ca_certs, ssl_cert_reqs, ssl_certfile, ssl_keyfile" : "",
-                             showable ? std::string_view() : kEscape));
+  return invalid(formatted("unknown option{} after '?'. Known are db, username, password{}{}. {}",
+                           showable && query_.begin()->second.find('@') == std::string::npos
+                               ? formatted(" '{}'", key)
+                               : std::string(),
+                           sentinel ? ", sentinel_username, sentinel_password" : "",
+                           url_.tls.on ? ", ssl_ca_certs, ssl_cert_reqs, ssl_certfile, ssl_keyfile" : "",
+                           showable ? std::string_view() : kEscape));
 }
 
 Status Parser::tls_options() {
@@ -350,9 +349,9 @@ std::string RedisUrl::describe() const {
   out += "://";
   if (!user.empty()) out += user + "@";
   for (std::size_t i = 0; i < hosts.size(); ++i) out.append(i ? "," : "").append(target(hosts[i]).describe());
-  if (!path.empty()) return out + path + fmt::format("?db={}", db);
+  if (!path.empty()) return out + path + formatted("?db={}", db);
   if (topology == Topology::sentinel) out += "/" + primary_name;
-  if (topology != Topology::cluster) out += fmt::format("/{}", db);
+  if (topology != Topology::cluster) out += formatted("/{}", db);
   return out;
 }
 
