@@ -11,6 +11,8 @@ WORKERS ?= $(shell expr $(JOBS) + 1)
 export VENV BUILD
 
 PY = $(VENV)/bin/python
+# Where the wheel is built. The C++ tests are built there too, from the same objects: what is tested is what ships.
+TREE = $(BUILD)/python-$$($(PY) -c 'import sys; print(sys.implementation.cache_tag)')
 CTEST = ctest --output-on-failure --no-tests=error -j$(JOBS)
 CXX_FILES = $(shell find cpp tests/cpp benchmarks -name '*.h' -o -name '*.cc')
 
@@ -36,9 +38,9 @@ test: test-cpp test-python
 
 test-cpp:
 	tools/setup.sh test
-	cmake --preset release -B $(BUILD)/release
-	cmake --build $(BUILD)/release -j$(JOBS)
-	cd $(BUILD)/release && $(CTEST)
+	cmake -D RATESYNC_TESTS=ON $(TREE)
+	cmake --build $(TREE) -j$(JOBS)
+	cd $(TREE) && $(CTEST)
 
 test-python:
 	tools/setup.sh test

@@ -119,10 +119,13 @@ sources=$(find cpp python ./*.toml ./*.txt ./*.md LICENSE -type f ! -name '*.pyc
 
 stamped() { [ -f "$stamps/$1" ] && [ "$(cat "$stamps/$1")" = "$2" ]; }
 
-install() {  # install PIP_ARGUMENTS...: builds incrementally in $build/python
-  "$venv/bin/python" -m pip install -q --no-build-isolation -C "build-dir=$build/python-$("$venv/bin/python" -c \
-    'import sys; print(sys.implementation.cache_tag)')" "$@"
+# One build tree for each Python, kept: the wheel is built in it again and again, and make test adds the C++ tests.
+tree=$build/python-$("$venv/bin/python" -c 'import sys; print(sys.implementation.cache_tag)')
+install() {  # install PIP_ARGUMENTS...
+  "$venv/bin/python" -m pip install -q --no-build-isolation -C "build-dir=$tree" -C cmake.define.RATESYNC_PCH=ON "$@"
 }
+# After make clean the package is still installed, but the C++ tests have nothing to be built in.
+case $verb in test|test-all|all) [ -f "$tree/build.ninja" ] || rm -f "$stamps/package" ;; esac
 
 if ! stamped build-requirements "$requirements"; then
   say "installing the build requirements"

@@ -11,6 +11,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
 build=${BUILD:-build}
+tree=$build/python-$("$venv/bin/python" -c 'import sys; print(sys.implementation.cache_tag)')  # as make test left it
 jobs=${JOBS:-$(nproc 2>/dev/null || sysctl -n hw.ncpu)}
 side_by_side=(-q -n "${WORKERS:-$((jobs + 1))}" --dist loadfile)
 server_suites=(tests/contract tests/integration tests/fault tests/property)
@@ -35,7 +36,7 @@ on_postgres() {  # on_postgres MAJOR
   bin=$("$venv/bin/python" tools/get_postgres.py "$1") || return
   export RATESYNC_PG_BIN=$bin
   "$venv/bin/python" -m pytest "${side_by_side[@]}" --only=postgres "${server_suites[@]}" || status=1
-  ctest --test-dir "$build/release" --output-on-failure --no-tests=error -j"$jobs" -R '^(postgres_|connection_|pg_pool_)' || status=1
+  ctest --test-dir "$tree" --output-on-failure --no-tests=error -j"$jobs" -R '^(postgres_|connection_|pg_pool_)' || status=1
   unset RATESYNC_PG_BIN
   return $status
 }

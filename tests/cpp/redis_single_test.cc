@@ -1,6 +1,7 @@
 // The Commander over one server: scripts that get lost, subscriptions that come back, errors with cures.
 #include <sys/stat.h>
 #include <sys/wait.h>
+#include <unistd.h>
 
 #include <asio/post.hpp>
 
