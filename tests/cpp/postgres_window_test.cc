@@ -189,7 +189,7 @@ TEST(PostgresWindow, ARunIsDealtLikeItsRequestsOneAfterTheOther) {
       if (kind == 0 && model.total() >= units) {
         bench.adjust(group, now, AdjustMode::give_back, units, model.total() + 1);  // not the newest: nothing
         bench.adjust(group, now, AdjustMode::give_back, units, model.total());
-        model.refund(units, model.total());
+        model.refund(quota, units, model.total());
         continue;
       }
       if (kind == 1) {

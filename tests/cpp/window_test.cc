@@ -38,7 +38,7 @@ void play(const testing::Json& step, WindowState* state) {
   } else if (op == "settle") {
     state->settle(quota, now, step["delta"].number);
   } else if (op == "refund") {
-    state->refund(step["cost"].number, step["stamp"].number);
+    state->refund(quota, step["cost"].number, step["stamp"].number);
   } else {
     FAIL() << "unknown op " << op;
   }

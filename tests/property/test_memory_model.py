@@ -238,8 +238,7 @@ class WindowGroup(Group):
 
     def give_back(self, call: Call, stamp: int) -> None:
         if stamp == self.model.total:
-            self.model.refund(call.cost, stamp)
-            self.model.fall_back(call.limit, self.window)
+            self.model.refund(call.limit, self.window, call.cost, stamp)
 
     def forget(self) -> None:
         self.model = MODELS[self.algorithm]()

@@ -34,7 +34,7 @@ def play(algorithm: str, steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
         else:
             source = played[step.pop("of")]
             step |= {"cost": source["cost"], "stamp": source["expect"]["stamp"]}
-            step["expect"] = model.refund(step["cost"], step["stamp"])
+            step["expect"] = model.refund(*quota, step["cost"], step["stamp"])
         played.append(step)
     return played
 
@@ -150,6 +150,21 @@ def told() -> dict[str, Story]:
     s.peek(S)
     s.acquire(12 * S, 2, max_wait=60 * S)
     s.peek(12 * S)
+    s = story("sleepers that leave give windows to come back", 3, 10 * S)
+    for t in (S, 14 * S):
+        asleep = [s.acquire(t, max_wait=90 * S) for _ in range(14)]
+        for one in reversed(asleep[4:]):
+            s.refund(one)
+            s.peek(t)
+        s.acquire(t, 2, max_wait=90 * S)
+        s.peek(t + S)
+    s = story("sleepers of several units that leave, under another limit", 5, 10 * S)
+    asleep = [s.acquire(S, cost, max_wait=200 * S) for cost in (2, 3, 1, 4, 2, 5, 1, 1, 3)]
+    for number, one in enumerate(reversed(asleep)):
+        s.limit = 4 if number == 4 else s.limit
+        s.refund(one)
+        s.peek(S + number * S)
+    s.acquire(30 * S, 4)
     s = story("a refund long after its window is harmless", 2, S)
     late = s.acquire(0, 2)
     s.peek(5 * S)

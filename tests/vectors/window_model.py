@@ -41,18 +41,15 @@ class Model:
             "full_after": self.full_after(window, now),
         }
 
-    def refund(self, cost: int, stamp: int) -> dict[str, Any]:
+    def refund(self, limit: int, window: int, cost: int, stamp: int) -> dict[str, Any]:
         if stamp == self.total:
             self.total -= cost
-            self.take_back(cost)
+            self.take_back(limit, window, cost)
         return {"stamp": self.total}
 
     def settle(self, window: int, now: int, delta: int) -> None:
         self.total += max(0, delta)
         self.adjust(window, now, delta)
-
-    def fall_back(self, limit: int, window: int) -> None:
-        """What the memory store does after a refund; not in the vector file."""
 
     def slot(self, limit: int, window: int, now: int, cost: int) -> int:
         raise NotImplementedError
@@ -66,7 +63,7 @@ class Model:
     def full_after(self, window: int, now: int) -> int:
         raise NotImplementedError
 
-    def take_back(self, cost: int) -> None:
+    def take_back(self, limit: int, window: int, cost: int) -> None:
         raise NotImplementedError
 
     def adjust(self, window: int, now: int, delta: int) -> None:
@@ -90,15 +87,19 @@ class CalendarWindow(Model):
         self.counts = (before, within + cost)
         self.latest = slot
 
-    def take_back(self, cost: int) -> None:
-        before, within = self.counts
-        self.counts = (before, max(0, within - cost))
+    def take_back(self, limit: int, window: int, cost: int) -> None:
+        for _ in range(cost):
+            while not self.counts[1]:
+                self.go_back(limit, window)
+            before, within = self.counts
+            self.counts = (before, within - 1)
+        if not self.counts[1]:
+            self.go_back(limit, window)
 
-    def fall_back(self, limit: int, window: int) -> None:
-        before, within = self.counts
-        if not within:  # nothing was dealt in this window: back to the one before
-            self.latest = (self.latest // window - 1) * window
-            self.counts = (limit, before)  # what came before that is not known
+    def go_back(self, limit: int, window: int) -> None:
+        """To the window before, since nothing is dealt in this one; what came before that is not known."""
+        self.latest = (self.latest // window - 1) * window
+        self.counts = (limit, self.counts[0])
 
     def adjust(self, window: int, now: int, delta: int) -> None:
         latest = max(now, self.latest)
@@ -210,7 +211,7 @@ class SlidingWindow(Model):
     def full_after(self, window: int, now: int) -> int:
         return max(0, self.units[-1] + window - now) if self.units else 0
 
-    def take_back(self, cost: int) -> None:
+    def take_back(self, limit: int, window: int, cost: int) -> None:
         self.units = self.units[: max(0, len(self.units) - cost)]
 
     def adjust(self, window: int, now: int, delta: int) -> None:

@@ -20,6 +20,19 @@ std::int64_t counted(std::int64_t total, std::int64_t delta) {
   return total + std::max<std::int64_t>(delta, 0);
 }
 
+// So many windows back from the one of the latest slot, and what is in that one and the one before.
+struct Fall {
+  std::int64_t back, used, previous;
+};
+
+Fall take_off(std::int64_t used, std::int64_t previous, std::int64_t limit, std::int64_t units) {
+  if (units < used) return {0, used - units, previous};
+  units -= used;
+  if (units == 0 || units < previous) return {1, previous - units, limit};
+  units -= previous;
+  return {2 + units / limit, limit - units % limit, limit};
+}
+
 }  // namespace
 
 // --- fixed_window ---------------------------------------------------------------------------------
@@ -70,17 +83,13 @@ std::int64_t FixedWindow::full_after(Quota quota, std::int64_t now) const {
   return state.used_ == 0 ? 0 : state.start_ + quota.window - now;
 }
 
-std::int64_t FixedWindow::refund(std::int64_t cost, std::int64_t stamp) {
+std::int64_t FixedWindow::refund(Quota quota, std::int64_t cost, std::int64_t stamp) {
   if (stamp != total_) return total_;
-  used_ = add_units(used_, -cost);
+  const Fall fall = take_off(used_, previous_, quota.limit, cost);
+  if (fall.back > 0) start_ = floor_to(start_, quota.window) - fall.back * quota.window;
+  used_ = fall.used;
+  previous_ = fall.previous;
   return total_ -= cost;
-}
-
-void FixedWindow::fall_back(Quota quota) {
-  if (used_ > 0) return;
-  start_ = floor_to(start_, quota.window) - quota.window;
-  used_ = previous_;
-  previous_ = quota.limit;
 }
 
 void FixedWindow::settle(Quota quota, std::int64_t now, std::int64_t delta) {
@@ -159,17 +168,13 @@ std::int64_t SlidingCounter::full_after(Quota quota, std::int64_t now) const {
   return state.previous_ > 0 ? end - now : 0;
 }
 
-std::int64_t SlidingCounter::refund(std::int64_t cost, std::int64_t stamp) {
+std::int64_t SlidingCounter::refund(Quota quota, std::int64_t cost, std::int64_t stamp) {
   if (stamp != total_) return total_;
-  current_ = add_units(current_, -cost);
+  const Fall fall = take_off(current_, previous_, quota.limit, cost);
+  if (fall.back > 0) last_ = floor_to(last_, quota.window) - fall.back * quota.window;
+  current_ = fall.used;
+  previous_ = fall.previous;
   return total_ -= cost;
-}
-
-void SlidingCounter::fall_back(Quota quota) {
-  if (current_ > 0) return;
-  last_ = floor_to(last_, quota.window) - quota.window;
-  current_ = previous_;
-  previous_ = quota.limit;
 }
 
 void SlidingCounter::settle(Quota quota, std::int64_t now, std::int64_t delta) {
@@ -236,7 +241,7 @@ std::int64_t SlidingWindow::full_after(Quota quota, std::int64_t now) const {
   return log_.empty() ? 0 : std::max<std::int64_t>(0, log_.back().at + quota.window - now);
 }
 
-std::int64_t SlidingWindow::refund(std::int64_t cost, std::int64_t stamp) {
+std::int64_t SlidingWindow::refund(Quota /*quota*/, std::int64_t cost, std::int64_t stamp) {
   if (stamp != total_) return total_;
   std::int64_t left = cost;
   while (left > 0 && !log_.empty()) {

@@ -44,8 +44,7 @@ class FixedWindow {
   [[nodiscard]] std::int64_t wait_of(Quota quota, std::int64_t now, std::int64_t cost) const;
   [[nodiscard]] std::int64_t available(Quota quota, std::int64_t now) const;
   [[nodiscard]] std::int64_t full_after(Quota quota, std::int64_t now) const;
-  std::int64_t refund(std::int64_t cost, std::int64_t stamp);
-  void fall_back(Quota quota);
+  std::int64_t refund(Quota quota, std::int64_t cost, std::int64_t stamp);
   void settle(Quota quota, std::int64_t now, std::int64_t delta);
   [[nodiscard]] std::int64_t total() const { return total_; }
   [[nodiscard]] std::int64_t last() const { return start_; }
@@ -67,8 +66,7 @@ class SlidingCounter {
   [[nodiscard]] std::int64_t wait_of(Quota quota, std::int64_t now, std::int64_t cost) const;
   [[nodiscard]] std::int64_t available(Quota quota, std::int64_t now) const;
   [[nodiscard]] std::int64_t full_after(Quota quota, std::int64_t now) const;
-  std::int64_t refund(std::int64_t cost, std::int64_t stamp);
-  void fall_back(Quota quota);
+  std::int64_t refund(Quota quota, std::int64_t cost, std::int64_t stamp);
   void settle(Quota quota, std::int64_t now, std::int64_t delta);
   [[nodiscard]] std::int64_t total() const { return total_; }
   [[nodiscard]] std::int64_t last() const { return last_; }
@@ -90,7 +88,7 @@ class SlidingWindow {
   [[nodiscard]] std::int64_t wait_of(Quota quota, std::int64_t now, std::int64_t cost) const;
   [[nodiscard]] std::int64_t available(Quota quota, std::int64_t now) const;
   [[nodiscard]] std::int64_t full_after(Quota quota, std::int64_t now) const;
-  std::int64_t refund(std::int64_t cost, std::int64_t stamp);
+  std::int64_t refund(Quota quota, std::int64_t cost, std::int64_t stamp);
   void settle(Quota quota, std::int64_t now, std::int64_t delta);
   [[nodiscard]] std::int64_t total() const { return total_; }
   [[nodiscard]] std::int64_t last() const { return log_.empty() ? 0 : log_.back().at; }
@@ -136,17 +134,13 @@ class WindowState {
   [[nodiscard]] std::int64_t full_after(Quota quota, std::int64_t now) const {
     return std::visit([&](const auto& w) { return w.full_after(quota, now); }, state_);
   }
-  // Acts only while `stamp` is the total; returns the total, new or not.
-  std::int64_t refund(std::int64_t cost, std::int64_t stamp) {
-    return std::visit([&](auto& w) { return w.refund(cost, stamp); }, state_);
-  }
-  // After a refund that left a calendar window without units: back to the window before, or waiters who
-  // left would block the limit for windows to come. What lies before that one is not kept and taken as
-  // full: exact for fixed_window where every cost is 1, elsewhere at worst too careful, for a window or
-  // two. Not part of the sums that all stores share.
-  void fall_back(Quota quota) {
-    if (auto* fixed = std::get_if<FixedWindow>(&state_)) return fixed->fall_back(quota);
-    if (auto* counter = std::get_if<SlidingCounter>(&state_)) counter->fall_back(quota);
+  // Acts only while `stamp` is the total; returns the total, new or not. Units come off the newest calendar
+  // window, and one that is left without any is left for the window before, or waiters who gave up would
+  // block the limit for windows to come. What lies before that one is not kept and taken as full: exact for
+  // fixed_window where every cost is 1, elsewhere too careful, never too generous (sliding_counter: by about
+  // a unit for each window that is gone back).
+  std::int64_t refund(Quota quota, std::int64_t cost, std::int64_t stamp) {
+    return std::visit([&](auto& w) { return w.refund(quota, cost, stamp); }, state_);
   }
   // Charges more than was dealt (which may exceed the limit), or gives back, down to nothing.
   void settle(Quota quota, std::int64_t now, std::int64_t delta) {

@@ -150,8 +150,7 @@ std::int64_t MemoryStore::refund(const store::GroupRef& group, std::int64_t cost
     const std::int64_t total = cell.window->state.total();
     if (total != stamp) return stamp;
     ++cell.version;
-    const std::int64_t left = cell.window->state.refund(cost, stamp);
-    cell.window->state.fall_back(quota_of(params));
+    const std::int64_t left = cell.window->state.refund(quota_of(params), cost, stamp);
     touch(*cell.window, params, clock_.now());
     return left;
   }

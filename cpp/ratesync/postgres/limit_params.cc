@@ -93,7 +93,7 @@ std::vector<Param> adjust_params(const std::vector<const Adjustment*>& adjustmen
 
 std::vector<Param> adjust_windows_params(const std::vector<const Adjustment*>& adjustments) {
   std::vector<std::string_view> groups;
-  ArrayWriter mode, units, stamp, algo, window;
+  ArrayWriter mode, units, stamp, algo, window, limit;
   for (const Adjustment* adjustment : adjustments) {
     const limits::Params& params = adjustment->group->params;
     groups.push_back(adjustment->group->id);
@@ -104,17 +104,21 @@ std::vector<Param> adjust_windows_params(const std::vector<const Adjustment*>& a
     else
       stamp.add_null();
     algo.add(static_cast<std::int64_t>(params.algorithm));
-    if (params.is_window())
+    if (params.is_window()) {
       window.add(params.window / kMicro);
-    else
+      limit.add(params.limit);
+    } else {
       window.add_null();
+      limit.add_null();
+    }
   }
   return {Param::text(array_of_text(groups)),
           mode.take(),
           units.take(),
           stamp.take(),
           algo.take(),
-          window.take()};
+          window.take(),
+          limit.take()};
 }
 
 std::vector<Param> peek_params(const OpList& peeks) {

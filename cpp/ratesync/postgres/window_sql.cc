@@ -7,7 +7,7 @@
 //                    cur                              prev
 //   sliding_window   number of the newest unit        units up to this number have left the window
 //   sliding_counter  units in the window of `at`      units in the window before
-//   fixed_window     units in the window of `at`
+//   fixed_window     units in the window of `at`       units in the window before
 //
 // {3} is the exact log: an entry stands for the units (seq - units, seq], dealt for the moment `at`. Exact
 // without counting rows: the unit that has to leave the window before a request of cost c may pass is
@@ -27,8 +27,8 @@ r AS MATERIALIZED (
            WHEN 1 THEN greatest(prev, coalesce((
              SELECT e.seq - e.units FROM {3} AS e
              WHERE e.group_id = g AND e.seq > prev AND e.dealt_at > us - win ORDER BY e.seq LIMIT 1), cur))
-           WHEN 2 THEN CASE at / win - us / win WHEN -1 THEN cur ELSE CASE WHEN at / win >= us / win THEN prev ELSE 0 END END
-           ELSE 0 END AS prev0
+           ELSE CASE at / win - us / win WHEN -1 THEN cur ELSE CASE WHEN at / win >= us / win THEN prev ELSE 0 END END
+         END AS prev0
   FROM l
 ), x AS MATERIALIZED (
   SELECT r.*, CASE algo
@@ -110,36 +110,40 @@ SELECT ord, greatest(slots_at[1] - us, 0), @window_remaining@, @window_full_afte
 FROM (SELECT *, start AS start1, at AS at1, cur0 AS cur1, prev0 AS prev1 FROM x) AS x)";
 
 // After `lock`. $1 text[] group, $2 int4[] AdjustMode, $3 int8[] units, $4 int8[] stamp or NULL,
-// $5 int4[] algorithm, $6 int8[] window us.
-// A refund (with a stamp) takes the newest units, in whatever window they are. A settlement is of this
-// moment: it takes the newest units whose moment has come. The gap that this leaves below the entries of the
-// future is closed by close_gaps: one statement cannot move them without passing through numbers
-// that are taken.
+// $5 int4[] algorithm, $6 int8[] window us, $7 int8[] limit.
+// A refund (with a stamp) takes the newest units, in whatever window they are; a calendar window that is left
+// without any is left for one before, of which those that are not kept are taken as full. A settlement is of
+// this moment: it takes the newest units whose moment has come. The gap that this leaves below the entries of
+// the future is closed by close_gaps: one statement cannot move them without passing through numbers that are
+// taken.
 constexpr const char* kAdjustWindows = R"(
 WITH c AS MATERIALIZED (SELECT clock_timestamp() AS now),
 l AS MATERIALIZED (
   SELECT i.*, c.now, (date_part('epoch', c.now) * 1000000)::int8 AS us, w.group_id IS NOT NULL AS present,
          @window_columns@
   FROM c, (
-    SELECT g, mode, units, stamp, win,
+    SELECT g, mode, units, stamp, win, lim,
            CASE WHEN mode = 2 THEN (SELECT algorithm FROM {2} WHERE group_id = g) ELSE algo END AS algo
-    FROM unnest($1::text[], $2::int4[], $3::int8[], $4::int8[], $5::int4[], $6::int8[])
-           AS i(g, mode, units, stamp, algo, win)) AS i
+    FROM unnest($1::text[], $2::int4[], $3::int8[], $4::int8[], $5::int4[], $6::int8[], $7::int8[])
+           AS i(g, mode, units, stamp, algo, win, lim)) AS i
   LEFT JOIN LATERAL (SELECT * FROM {2} WHERE group_id = i.g) AS w ON true
 ), r AS MATERIALIZED (
-  SELECT g, mode, units, stamp, algo, win, now, us, total,
+  SELECT g, mode, units, stamp, algo, win, lim, now, us, total,
          CASE WHEN here THEN cur ELSE 0 END AS cur,
          CASE WHEN algo = 1 AND stamp IS NULL THEN greatest(prev, coalesce((
                 SELECT e.seq - e.units FROM {3} AS e
                 WHERE e.group_id = g AND e.seq > prev AND e.dealt_at > us - win ORDER BY e.seq LIMIT 1), cur))
-              WHEN here THEN prev WHEN algo = 2 AND at / win = us / win - 1 THEN cur ELSE 0 END AS prev,
+              WHEN here THEN prev WHEN algo > 1 AND at / win = us / win - 1 THEN cur ELSE 0 END AS prev,
          CASE WHEN stamp IS NOT NULL OR mode = 2 OR (algo = 1 AND mode = 0) THEN at
               WHEN algo = 3 THEN greatest(at / win, us / win) * win ELSE greatest(us, at) END AS at
   FROM (
     SELECT *, algo = 1 OR mode = 2 OR stamp IS NOT NULL OR at / win >= us / win AS here FROM l
     WHERE (stamp IS NULL OR stamp = total) AND (mode = 1 OR present)) AS q
 ), t AS MATERIALIZED (
-  SELECT *, upto - cut AS taken
+  SELECT *, upto - cut AS taken,
+         CASE WHEN algo = 1 OR stamp IS NULL OR units < cur THEN 0
+              WHEN units = cur OR units < cur + prev THEN 1
+              ELSE 2 + (units - cur - prev) / lim END AS back
   FROM (
     SELECT *, CASE WHEN mode <> 0 THEN upto
                    WHEN algo = 1 THEN least(upto, greatest(upto - units, prev))
@@ -170,9 +174,11 @@ l AS MATERIALIZED (
          CASE WHEN mode = 2 THEN 0
               WHEN algo = 1 AND stamp IS NOT NULL THEN coalesce((
                 SELECT e.dealt_at FROM {3} AS e WHERE e.group_id = g AND e.seq >= cut AND cut > prev ORDER BY e.seq LIMIT 1), 0)
+              WHEN back > 0 THEN (at / win - back) * win
               ELSE at END,
-         CASE mode WHEN 0 THEN cur - taken WHEN 1 THEN cur + units ELSE CASE WHEN algo = 1 THEN cur ELSE 0 END END,
-         CASE WHEN mode <> 2 THEN prev WHEN algo = 1 THEN cur ELSE 0 END,
+         CASE WHEN back = 1 THEN cur + prev - units WHEN back > 1 THEN lim - (units - cur - prev) % lim ELSE
+         CASE mode WHEN 0 THEN cur - taken WHEN 1 THEN cur + units ELSE CASE WHEN algo = 1 THEN cur ELSE 0 END END END,
+         CASE WHEN back > 0 THEN lim WHEN mode <> 2 THEN prev WHEN algo = 1 THEN cur ELSE 0 END,
          now + 2 * greatest(coalesce(win, 0), 60000000) * interval '1 microsecond'
   FROM t
   ON CONFLICT (group_id) DO UPDATE

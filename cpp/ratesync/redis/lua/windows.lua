@@ -8,25 +8,45 @@ local function clamp(units)
   return math.min(math.max(units, 0), MOST)
 end
 
+-- The latest slot, not before now, and the units in its window and in the one before.
+local function rolled(g, at, units, before)
+  local last = math.max(now, at)
+  local windows = math.floor(last / g.window) - math.floor(at / g.window)
+  if windows == 0 then return last, units, before end
+  return last, 0, windows == 1 and units or 0
+end
+
+-- The same after units came off; see WindowState::refund in limits/window.h.
+local function fallen(g, at, units, before, cost)
+  if cost < units then return at, units - cost, before end
+  local back, rest = 1, cost - units
+  if rest == 0 or rest < before then
+    units = before - rest
+  else
+    rest = rest - before
+    back, units = 2 + math.floor(rest / g.limit), g.limit - rest % g.limit
+  end
+  return rolled(g, at - at % g.window - back * g.window, units, g.limit)
+end
+
 local fixed = {}
 
 function fixed.load(g)
-  local start, used, total = string.match(redis.call('GET', g.key) or '', '^(%d+) (%d+) (%d+)$')
-  local mine = tonumber(start or 0)
-  mine = mine - mine % g.window
-  local s = {start = math.max(mine, now - now % g.window), used = tonumber(used or 0), total = tonumber(total or now)}
-  if s.start ~= mine then s.used = 0 end
+  local start, used, previous, total = string.match(redis.call('GET', g.key) or '', '^(%d+) (%d+) (%d+) (%d+)$')
+  local s = {total = tonumber(total or now)}
+  s.start, s.used, s.previous = rolled(g, tonumber(start or 0), tonumber(used or 0), tonumber(previous or 0))
+  s.start = s.start - s.start % g.window
   return s
 end
 
 function fixed.look(g, s, cost)
-  local start, used = s.start, s.used
-  if used + cost > g.limit then start, used = start + g.window, 0 end
-  return math.max(0, start - now), start, used
+  local start, used, previous = s.start, s.used, s.previous
+  if used + cost > g.limit then start, used, previous = start + g.window, 0, used end
+  return math.max(0, start - now), start, used, previous
 end
 
-function fixed.take(g, s, cost, start, used)
-  s.start, s.used, s.total = start, used + cost, s.total + cost
+function fixed.take(g, s, cost, start, used, previous)
+  s.start, s.used, s.previous, s.total = start, used + cost, previous, s.total + cost
 end
 
 function fixed.available(g, s)
@@ -38,7 +58,8 @@ function fixed.full_after(g, s)
 end
 
 function fixed.refund(g, s, cost)
-  s.used, s.total = clamp(s.used - cost), s.total - cost
+  s.start, s.used, s.previous = fallen(g, s.start, s.used, s.previous, cost)
+  s.start, s.total = s.start - s.start % g.window, s.total - cost
 end
 
 function fixed.settle(g, s, delta)
@@ -46,7 +67,7 @@ function fixed.settle(g, s, delta)
 end
 
 function fixed.save(g, s)
-  redis.call('SET', g.key, text(s.start, s.used, s.total), 'PX', lifetime(s.start + g.window - now))
+  redis.call('SET', g.key, text(s.start, s.used, s.previous, s.total), 'PX', lifetime(s.start + g.window - now))
 end
 
 local counter = {}
@@ -55,13 +76,8 @@ function counter.load(g)
   local last, current, previous, total =
     string.match(redis.call('GET', g.key) or '', '^(%d+) (%d+) (%d+) (%d+)$')
   local at = tonumber(last or 0)
-  local s = {last = math.max(now, at), current = tonumber(current or 0), previous = tonumber(previous or 0),
-             ahead = at > now, total = tonumber(total or now)}
-  local windows = math.floor(s.last / g.window) - math.floor(at / g.window)
-  if windows > 0 then
-    s.previous = windows == 1 and s.current or 0
-    s.current = 0
-  end
+  local s = {ahead = at > now, total = tonumber(total or now)}
+  s.last, s.current, s.previous = rolled(g, at, tonumber(current or 0), tonumber(previous or 0))
   return s
 end
 
@@ -105,7 +121,8 @@ function counter.full_after(g, s)
 end
 
 function counter.refund(g, s, cost)
-  s.current, s.total = clamp(s.current - cost), s.total - cost
+  s.last, s.current, s.previous = fallen(g, s.last, s.current, s.previous, cost)
+  s.ahead, s.total = s.last > now, s.total - cost
 end
 
 function counter.settle(g, s, delta)
