@@ -19,6 +19,8 @@ TcpProxy::TcpProxy(asio::io_context& io, std::uint16_t to, std::uint16_t on)
   accept();
 }
 
+TcpProxy::~TcpProxy() { *alive_ = false; }
+
 void TcpProxy::cut() {
   for (const auto& pair : pairs_) {
     asio::error_code ignored;
@@ -43,12 +45,12 @@ std::size_t TcpProxy::kept() const {
 
 void TcpProxy::accept() {
   auto pair = std::make_shared<Pair>(io_);
-  acceptor_.async_accept(pair->client, [this, pair](asio::error_code ec) {
-    if (ec) return;
+  acceptor_.async_accept(pair->client, [this, pair, alive = alive_](asio::error_code ec) {
+    if (ec || !*alive) return;
     ++accepted_;
     pairs_.push_back(pair);
-    pair->server.async_connect(to_, [this, pair](asio::error_code error) {
-      if (error) return;
+    pair->server.async_connect(to_, [this, pair, alive](asio::error_code error) {
+      if (error || !*alive) return;
       forward(pair, pair->client, pair->server, pair->up, false);
       forward(pair, pair->server, pair->client, pair->down, true);
     });
@@ -58,27 +60,26 @@ void TcpProxy::accept() {
 
 void TcpProxy::forward(std::shared_ptr<Pair> pair, tcp::socket& from, tcp::socket& to,
                        std::array<char, 16'384>& space, bool answers) {
-  from.async_read_some(
-      asio::buffer(space), [this, pair, &from, &to, &space, answers, stalled = stalled_, withheld = withheld_,
-                            held = held_back_](asio::error_code ec, std::size_t n) {
-        if (ec) {
-          if (pair->kept.empty()) to.close(ec);
-          return;
-        }
-        if (!answers && *withheld) {
-          pair->kept.append(space.data(), n);
-          forward(pair, from, to, space, answers);
-          return;
-        }
-        if (answers && *stalled) {
-          *held += n;
-          return;
-        }
-        asio::async_write(to, asio::buffer(space.data(), n),
-                          [this, pair, &from, &to, &space, answers](asio::error_code e, std::size_t) {
-                            if (!e) forward(pair, from, to, space, answers);
-                          });
-      });
+  from.async_read_some(asio::buffer(space), [this, pair, &from, &to, &space, answers, alive = alive_](
+                                                asio::error_code ec, std::size_t n) {
+    if (ec || !*alive) {
+      if (pair->kept.empty()) to.close(ec);
+      return;
+    }
+    if (!answers && withheld_) {
+      pair->kept.append(space.data(), n);
+      forward(pair, from, to, space, answers);
+      return;
+    }
+    if (answers && stalled_) {
+      held_back_ += n;
+      return;
+    }
+    asio::async_write(to, asio::buffer(space.data(), n),
+                      [this, pair, &from, &to, &space, answers, alive](asio::error_code e, std::size_t) {
+                        if (!e && *alive) forward(pair, from, to, space, answers);
+                      });
+  });
 }
 
 }  // namespace ratesync::testing

@@ -17,18 +17,21 @@ class TcpProxy {
   using tcp = asio::ip::tcp;
 
   TcpProxy(asio::io_context& io, std::uint16_t to, std::uint16_t on = 0);
+  ~TcpProxy();
+  TcpProxy(const TcpProxy&) = delete;
+  TcpProxy& operator=(const TcpProxy&) = delete;
 
   [[nodiscard]] std::uint16_t port() const { return acceptor_.local_endpoint().port(); }
-  void stall() { *stalled_ = true; }      // answers are held back from now on
-  void withhold() { *withheld_ = true; }  // requests are held back from now on
-  void flow() { *stalled_ = *withheld_ = false; }
+  void stall() { stalled_ = true; }      // answers are held back from now on
+  void withhold() { withheld_ = true; }  // requests are held back from now on
+  void flow() { stalled_ = withheld_ = false; }
   // Hangs up on every client. The server is not told: what was withheld may still reach it.
   void cut();
   // Requests that were withheld reach the server now.
   void deliver();
   [[nodiscard]] std::size_t kept() const;  // bytes withheld
   [[nodiscard]] int accepted() const { return accepted_; }
-  [[nodiscard]] std::size_t held_back() const { return *held_back_; }  // answers withheld, bytes
+  [[nodiscard]] std::size_t held_back() const { return held_back_; }  // answers withheld, bytes
 
  private:
   struct Pair;
@@ -42,9 +45,9 @@ class TcpProxy {
   tcp::acceptor acceptor_;
   int accepted_ = 0;
   std::vector<std::shared_ptr<Pair>> pairs_;
-  std::shared_ptr<bool> stalled_ = std::make_shared<bool>(false);
-  std::shared_ptr<bool> withheld_ = std::make_shared<bool>(false);
-  std::shared_ptr<std::size_t> held_back_ = std::make_shared<std::size_t>(0);
+  bool stalled_ = false, withheld_ = false;
+  std::size_t held_back_ = 0;
+  std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);  // what is under way outlives the proxy
 };
 
 }  // namespace ratesync::testing
