@@ -31,7 +31,7 @@ class Scripted final : public Kept {
   int open = 0;
 };
 
-struct Rig {
+struct Rig : KeeperRig {
   ~Rig() {
     keeper.shutdown();
     arrivals->forget();
@@ -45,32 +45,7 @@ struct Rig {
     all.push_back(kept);
     return kept;
   }
-  LossSignal* signal(const KeptRef& kept) {
-    auto* task = new LossSignal(kept);
-    task->target = arrivals;
-    task->start();
-    return task;
-  }
-  Extension* extend(const KeptRef& kept, std::int64_t ttl_ms) {
-    auto* task = new Extension(kept, ttl_ms);
-    task->target = arrivals;
-    task->start();
-    return task;
-  }
-  void run(Nanos by = 0) {
-    clock.advance(by);
-    timers.run_due();
-  }
-  void pass(Nanos by) {
-    for (Nanos gone = 0; gone < by; gone += 5 * kMilli) run(5 * kMilli);
-  }
-  Kept::Fate fate(const KeptRef& kept) const { return kept->fate(clock.now()); }
 
-  Clock clock{true};
-  asio::io_context io;
-  Timers timers{io, clock};
-  Keeper keeper{timers, 1};
-  std::shared_ptr<Arrivals> arrivals = std::make_shared<Arrivals>();
   std::vector<std::shared_ptr<Scripted>> all;
 };
 

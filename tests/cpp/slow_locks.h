@@ -111,7 +111,38 @@ class Arrivals final : public CompletionTarget {
   std::vector<Completion*> arrived;
 };
 
-struct LockRig {
+// A Keeper on one thread with a hand-moved clock.
+struct KeeperRig {
+  LossSignal* signal(const KeptRef& kept) {
+    auto* task = new LossSignal(kept);
+    task->target = arrivals;
+    task->start();
+    return task;
+  }
+  Extension* extend(const KeptRef& kept, std::int64_t ttl_ms) {
+    auto* task = new Extension(kept, ttl_ms);
+    task->target = arrivals;
+    task->start();
+    return task;
+  }
+  void run(Nanos by = 0) {
+    clock.advance(by);
+    timers.run_due();
+  }
+  // Step by step, as real time would.
+  void pass(Nanos by, Nanos step = 5 * kMilli) {
+    for (Nanos gone = 0; gone < by; gone += step) run(step);
+  }
+  Kept::Fate fate(const KeptRef& kept) const { return kept->fate(clock.now()); }
+
+  Clock clock{true};
+  asio::io_context io;
+  Timers timers{io, clock};
+  Keeper keeper{timers, 1};
+  std::shared_ptr<Arrivals> arrivals = std::make_shared<Arrivals>();
+};
+
+struct LockRig : KeeperRig {
   LockRig() = default;
   ~LockRig() {
     // What the store still has is answered at the latest when it closes.
@@ -147,26 +178,6 @@ struct LockRig {
     task->start();
     return task;
   }
-  LossSignal* signal(const KeptRef& kept) {
-    auto* task = new LossSignal(kept);
-    task->target = arrivals;
-    task->start();
-    return task;
-  }
-  Extension* extend(const KeptRef& kept, std::int64_t ttl_ms) {
-    auto* task = new Extension(kept, ttl_ms);
-    task->target = arrivals;
-    task->start();
-    return task;
-  }
-  void run(Nanos by = 0) {
-    clock.advance(by);
-    timers.run_due();
-  }
-  // Step by step, as real time would.
-  void pass(Nanos by, Nanos step = 10 * kMilli) {
-    for (Nanos gone = 0; gone < by; gone += step) run(step);
-  }
   [[nodiscard]] bool done(const Completion* task) const { return arrivals->has(task); }
   [[nodiscard]] bool got(const LockAcquire* task) const { return done(task) && task->lease != nullptr; }
   [[nodiscard]] bool late(const LockAcquire* task) const {
@@ -175,14 +186,8 @@ struct LockRig {
   [[nodiscard]] Code failed(const LockAcquire* task) const {
     return done(task) && task->outcome == LockAcquire::Outcome::failed ? task->status.code : Code::ok;
   }
-  Kept::Fate fate(const KeptRef& kept) const { return kept->fate(clock.now()); }
 
-  Clock clock{true};
-  asio::io_context io;
   SlowLocks locks;
-  Timers timers{io, clock};
-  Keeper keeper{timers, 1};
-  std::shared_ptr<Arrivals> arrivals = std::make_shared<Arrivals>();
   store::SpaceRef space = std::make_shared<const store::Space>();
   LockService service{locks, keeper, timers, true, [](const std::function<void()>& work) { work(); }, 1};
 };

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -224,27 +225,28 @@ def test_extending_moves_the_end(ratesync_clock: ManualClock) -> None:
 # cancel_on_loss -----------------------------------------------------------------------------------
 
 
-async def test_loss_cancels_the_body() -> None:
-    async def body() -> None:
-        async with ratesync.lock("a", cancel_on_loss=True):
-            reached.set()
-            await asyncio.sleep(3600)
+Body = Callable[[asyncio.Event], Coroutine[Any, Any, Any]]
 
+
+async def hold(reached: asyncio.Event) -> None:
+    """Until it is lost, or cancelled."""
+    async with ratesync.lock("a", cancel_on_loss=True):
+        reached.set()
+        await asyncio.sleep(3600)
+
+
+async def started(body: Body) -> asyncio.Task[Any]:
+    """A task of the body, which has said where it is."""
     reached = asyncio.Event()
-    task = asyncio.create_task(body())
+    task = asyncio.create_task(body(reached))
     await reached.wait()
-    await lose("a")
-    with pytest.raises(LockLostError) as caught:
-        await task
-    assert isinstance(caught.value.__cause__, asyncio.CancelledError)
+    return task
 
 
 async def test_the_task_goes_on_after_a_loss_it_has_handled() -> None:
-    async def body() -> str:
+    async def body(reached: asyncio.Event) -> str:
         try:
-            async with ratesync.lock("a", cancel_on_loss=True):
-                reached.set()
-                await asyncio.sleep(3600)
+            await hold(reached)
         except LockLostError:
             await asyncio.sleep(0)  # not cancelled any more
             async with asyncio.timeout(5):
@@ -254,22 +256,13 @@ async def test_the_task_goes_on_after_a_loss_it_has_handled() -> None:
             return f"went on with {current.cancelling()} cancellations"
         return "not lost"
 
-    reached = asyncio.Event()
-    task = asyncio.create_task(body())
-    await reached.wait()
+    task = await started(body)
     await lose("a")
     assert await task == "went on with 0 cancellations"
 
 
 async def test_a_cancellation_from_elsewhere_stays_one() -> None:
-    async def body() -> None:
-        async with ratesync.lock("a", cancel_on_loss=True):
-            reached.set()
-            await asyncio.sleep(3600)
-
-    reached = asyncio.Event()
-    task = asyncio.create_task(body())
-    await reached.wait()
+    task = await started(hold)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -277,7 +270,7 @@ async def test_a_cancellation_from_elsewhere_stays_one() -> None:
 
 
 async def test_both_at_once_is_a_cancellation() -> None:
-    async def body() -> None:
+    async def body(reached: asyncio.Event) -> None:
         async with ratesync.lock("a", cancel_on_loss=True):
             reached.set()
             try:
@@ -285,9 +278,7 @@ async def test_both_at_once_is_a_cancellation() -> None:
             finally:
                 asyncio.current_task().cancel()  # type: ignore[union-attr]
 
-    reached = asyncio.Event()
-    task = asyncio.create_task(body())
-    await reached.wait()
+    task = await started(body)
     await lose("a")
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -302,15 +293,13 @@ async def test_children_of_a_task_group_are_cancelled_with_the_body() -> None:
         finally:
             ended.append("child")
 
-    async def body() -> None:
+    async def body(reached: asyncio.Event) -> None:
         async with ratesync.lock("a", cancel_on_loss=True), asyncio.TaskGroup() as group:
             group.create_task(child())
             await asyncio.sleep(0)
             reached.set()
 
-    reached = asyncio.Event()
-    task = asyncio.create_task(body())
-    await reached.wait()
+    task = await started(body)
     await lose("a")
     with pytest.raises(LockLostError):
         await task
@@ -318,15 +307,10 @@ async def test_children_of_a_task_group_are_cancelled_with_the_body() -> None:
 
 
 async def test_inside_a_task_group_the_loss_is_an_error_like_any_other() -> None:
-    async def body() -> None:
-        async with ratesync.lock("a", cancel_on_loss=True):
-            reached.set()
-            await asyncio.sleep(3600)
-
     reached = asyncio.Event()
     with pytest.raises(ExceptionGroup) as caught:
         async with asyncio.TaskGroup() as group:
-            group.create_task(body())
+            group.create_task(hold(reached))
             await reached.wait()
             await lose("a")
     assert [type(error) for error in caught.value.exceptions] == [LockLostError]
@@ -353,7 +337,7 @@ async def test_anyio_groups_and_scopes_work_inside_and_outside() -> None:
 
 
 async def test_a_loss_while_the_body_raises_keeps_the_exception() -> None:
-    async def body() -> None:
+    async def body(reached: asyncio.Event) -> None:
         async with ratesync.lock("a", cancel_on_loss=True):
             reached.set()
             try:
@@ -361,9 +345,7 @@ async def test_a_loss_while_the_body_raises_keeps_the_exception() -> None:
             except asyncio.CancelledError:
                 raise KeyError("of the body") from None
 
-    reached = asyncio.Event()
-    task = asyncio.create_task(body())
-    await reached.wait()
+    task = await started(body)
     await lose("a")
     with pytest.raises(KeyError):
         await task

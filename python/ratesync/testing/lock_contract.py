@@ -326,8 +326,9 @@ class LockContract(StoreContract):
         while not reached:
             await asyncio.sleep(0)
         assert await store.break_lock("name") is True
-        with pytest.raises(LockLostError):
+        with pytest.raises(LockLostError) as caught:
             await holding
+        assert isinstance(caught.value.__cause__, asyncio.CancelledError)
         assert reached == ["entered"]
 
     def test_a_lock_is_listed_with_its_holder_and_can_be_broken(self, store: Store, call: Caller) -> None:
