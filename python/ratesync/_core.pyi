@@ -206,6 +206,10 @@ class State:
     def _keep(
         self, key: str, version: int, ttl: Ttl, kind: str | None, age: float = 0.0, /
     ) -> Kept: ...  # touched at a third of the ttl; age: seconds since the row was asked for
+    def _bell(
+        self, key: str, kind: str, seen: int, timeout: float, /
+    ) -> Pending[int]: ...  # of when to look again; the result is the next `seen`, 0 is the first
+    def _ring(self, key: str, kind: str, /) -> None: ...  # whoever waits for the key looks now
     # A subclass may have `_renew(self) -> State`: in a forked child, what to stand on from now on.
 
 @final

@@ -3,7 +3,9 @@
 A key's record is a row of state of the kind `idempotency`. The first caller creates it with a lease, which
 the I/O thread renews while the body runs; its result replaces the record by a swap that names the
 version of that creation, so whoever was taken over cannot commit. A record whose lease is over is
-absent to the next caller, who runs the operation again.
+absent to the next caller, who runs the operation again. Who waits for a result stands at the key's
+bell, which is rung when the record was replaced or removed; that it was rung says that looking is
+worth it, no more.
 """
 
 from __future__ import annotations
@@ -12,13 +14,12 @@ import asyncio
 import contextlib
 import json
 import logging
-import random
 import secrets
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from datetime import timedelta
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ratesync._pending import Pending, script
 from ratesync._schemas import describe
@@ -45,10 +46,11 @@ KIND = "idempotency"
 MAX_FINGERPRINT = 1024  # characters
 MAX_REASON = 1000  # characters of a failure that is kept
 MAX_RESULT_BYTES = 64 * 2**20 - 2**16  # a value has 64 MiB at most, and the record says more than the result
-FIRST_PAUSE, LONGEST_PAUSE = 0.01, 0.5  # seconds between two looks of who waits for a result
+FIRST_PAUSE, LONGEST_PAUSE = 0.01, 0.5  # seconds between two tries to store a result
 RETRY_AFTER = 1.0  # seconds, for who does not wait
 
 log = logging.getLogger("ratesync")
+T = TypeVar("T")
 _background: set[asyncio.Task[Any]] = set()  # asyncio keeps weak references only
 
 
@@ -186,7 +188,18 @@ class Idempotent:
 
     def forget(self) -> Pending[bool]:
         """Removes the record of the key, done, failed or running: the next call runs. Was there one?"""
-        return self._state.delete(self.key)
+        return self._then_ring(lambda: self._state.delete(self.key))
+
+    @script
+    def _then_ring(self, work: Callable[[], Pending[T]]) -> Generator[Pending[Any], Any, T]:
+        result: T = yield work()
+        self._ring()
+        return result
+
+    def _ring(self) -> None:
+        """The record is another one now, or gone: whoever waits for it looks."""
+        with contextlib.suppress(StoreError):  # shut down: who waits elsewhere looks now and then
+            self._state._ring(self.key, KIND)
 
     # Entering -------------------------------------------------------------------------------------
 
@@ -197,8 +210,8 @@ class Idempotent:
         self._entered = True
         # The owner's mark tells records apart that one key has one after the other.
         mine = {"state": "running", "owner": secrets.token_hex(8), "fingerprint": self._fingerprint}
-        started = time.monotonic()
-        pause = FIRST_PAUSE
+        started = self._state.store._now()
+        seen = 0
         while True:
             asked = self._state.store._now()
             created, version, found = yield from self._create(mine)
@@ -217,11 +230,10 @@ class Idempotent:
                 raise OperationFailedError(self.key, str(record.get("error")))
             if self._wait is None:
                 raise OperationInProgressError(self.key, min(self._lease, RETRY_AFTER))
-            left = started + self._wait - time.monotonic()
+            left = started + self._wait - self._state.store._now()
             if left <= 0:
                 raise OperationInProgressError(self.key, min(self._lease, RETRY_AFTER), self._wait)
-            yield _Sleep(min(left, pause * random.uniform(0.5, 1.0)))
-            pause = min(2 * pause, LONGEST_PAUSE)
+            seen = yield self._state._bell(self.key, KIND, seen, left)
 
     def _create(self, mine: dict[str, Any]) -> Generator[Pending[Any], Any, tuple[bool, int, Any]]:
         try:
@@ -238,7 +250,7 @@ class Idempotent:
         # In order: operations on one key are executed as they were submitted.
         found = yield self._state.get_versioned(self.key, kind=KIND)
         if found is not None and isinstance(found.value, dict) and found.value.get("owner") == owner:
-            yield self._state.delete(self.key, found.version, kind=KIND)
+            yield self._then_ring(lambda: self._state.delete(self.key, found.version, kind=KIND))
 
     def _compare(self, record: dict[str, Any]) -> None:
         theirs = record.get("fingerprint")
@@ -261,6 +273,7 @@ class Idempotent:
                 yield from self._commit(operation, kept)
         finally:
             kept.stop()
+            self._ring()
 
     def _commit(self, operation: Operation, kept: Kept) -> Generator[Pending[Any], Any, None]:
         pause = FIRST_PAUSE
@@ -278,7 +291,7 @@ class Idempotent:
             except (Exception, GeneratorExit):
                 raise
             except BaseException:  # cancelled: the body was through, so its result is stored all the same
-                _detach(self._finish(operation))
+                _detach(self._then_ring(lambda: self._finish(operation)))
                 raise
             if not stored:
                 yield from self._refused(operation)
@@ -299,7 +312,8 @@ class Idempotent:
         """The body raised `error`, which goes on whatever happens here."""
         if operation._in_transaction:
             # Its transaction may be open around us, with the record locked: nobody can wait for it here.
-            _detach(self._state.delete(self.key, operation._version, kind=KIND), needs_loop=True)
+            ended = self._then_ring(lambda: self._state.delete(self.key, operation._version, kind=KIND))
+            _detach(ended, needs_loop=True)
             return
         try:
             if self._keep_failures:

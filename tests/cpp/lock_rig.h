@@ -28,6 +28,7 @@ inline store::SpaceRef space(std::string name_space = "default", std::string ten
 
 // The locks of one process.
 struct Locks {
+  using Verb = store::LockOp::Verb;
   Locks(Process& process, const std::string& prefix = "acteon_")
       : p(process), store(process.store->locks(prefix).value()) {
     store->on_freed([this](const store::Space&, const std::string& name) { told.push_back(name); });
@@ -87,6 +88,8 @@ struct Locks {
     for (auto& call : calls) call->then = nullptr;
     return calls;
   }
+  void stand(const std::string& bell) { EXPECT_EQ(ask(Verb::stand, bell, 0).outcome, Got::taken); }
+  void ring(const std::string& bell) { EXPECT_EQ(ask(Verb::ring, bell, 0).outcome, Got::held); }
   // In line, and hearing.
   void stand_in_line(const std::string& name) {
     ASSERT_EQ(queue(name).outcome, Got::taken);

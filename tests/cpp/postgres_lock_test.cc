@@ -349,6 +349,54 @@ TEST(PostgresLock, ARoleThatOwnsNothingTakesLocksWithTheDocumentedGrants) {
   Witness().script("DROP OWNED BY " + role + "; DROP ROLE " + role);
 }
 
+TEST(PostgresLock, ABellTellsAllWhoWaitThereOnceAndNoLockIsMade) {
+  Schema schema;
+  LockProcess ringer(schema), one(schema), two(schema), other(schema);
+  const std::vector<LockProcess*> waiters{&one, &two};
+  for (LockProcess* p : waiters) {
+    p->locks.stand(kHostile);
+    ASSERT_TRUE(p->until([&] { return p->locks.store->pushes(); }));
+    ASSERT_TRUE(p->until([&] { return !p->locks.told.empty(); })) << "asked once, for what was missed";
+    p->locks.stand(kHostile);
+    p->locks.told.clear();
+  }
+  other.locks.stand("other");
+  ringer.locks.stand(kHostile);
+  ringer.locks.ring(kHostile);
+  for (LockProcess* p : waiters) {
+    ASSERT_TRUE(p->until([&] { return !p->locks.told.empty(); }));
+    EXPECT_EQ(p->locks.told.front(), kHostile);
+  }
+  EXPECT_EQ(Witness().value("SELECT string_agg(name, ',') FROM " + waiters_of(schema)), "other");
+  EXPECT_EQ(Witness().value("SELECT count(*) FROM " + locks_of(schema)), "0");
+  ringer.locks.ring("never stood at");
+  // Who leaves tells nobody.
+  one.locks.stand("a");
+  two.locks.stand("a");
+  one.locks.store->stop_waiting(space(), "a");
+  ASSERT_TRUE(one.until([&] {
+    return Witness().value("SELECT count(*) FROM " + waiters_of(schema) + " WHERE name = 'a'") == "1";
+  }));
+  two.locks.ring("two is through with it");
+  for (LockProcess* p : waiters)
+    for (const std::string& name : p->locks.told) EXPECT_EQ(name, kHostile);
+}
+
+TEST(PostgresLock, WithoutATableOfWaitersABellIsRefusedAndARingDoesNothing) {
+  Schema schema;
+  {
+    LockProcess owner(schema);
+    ASSERT_TRUE(owner.finish([&](auto done) { owner.locks.store->initialize(done); }).ok());
+  }
+  Witness().script("DROP TABLE " + waiters_of(schema));
+  LockProcess p(schema, [](PostgresOptions& options) { options.auto_create = false; });
+  LockCall call;
+  Locks::set(call, store::LockOp::Verb::stand, "bell", 0);
+  EXPECT_EQ(p.locks.run(call).status.code, Code::unavailable);
+  p.locks.ring("bell");
+  EXPECT_EQ(p.locks.acquire("lock").outcome, Got::held);
+}
+
 TEST(PostgresLock, NoticesSurviveNamesOfAnyKindAndNonsenseIsIgnored) {
   store::Space from;
   std::string name;

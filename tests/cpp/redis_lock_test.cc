@@ -174,6 +174,35 @@ TEST_F(LockTest, OneWhoDoesNotComeHoldsUpNobody) {
   ASSERT_TRUE(wait_until([&] { return acquire(0, "a").outcome == LockOutcome::held; }));
 }
 
+TEST_F(LockTest, ABellTellsAllWhoWaitThereOnce) {
+  std::vector<std::vector<std::string>> heard(4);
+  const auto ask = [&](LockOp::Verb verb, std::size_t who, const std::string& bell) {
+    WaitedLock& op = lock_op(verb, bell);
+    op.queued = verb == LockOp::Verb::stand;
+    return run(process(who), op).outcome;
+  };
+  const std::string name = "\x01kind\x01a:%*{x}";
+  for (std::size_t i = 0; i < heard.size(); ++i)
+    process(i).on_freed([&, i](const Space&, const std::string& bell) { heard[i].push_back(bell); });
+  for (const std::size_t i : {0, 1, 2, 3}) {
+    const std::string bell = i == 3 ? "other" : name;
+    EXPECT_EQ(ask(LockOp::Verb::stand, i, bell), LockOutcome::taken);
+    ASSERT_TRUE(wait_until([&] { return process(i).pushes(); }));
+    EXPECT_EQ(ask(LockOp::Verb::stand, i, bell), LockOutcome::taken);
+  }
+  EXPECT_EQ(ask(LockOp::Verb::ring, 0, name), LockOutcome::held);
+  for (const std::size_t i : {1, 2}) {
+    ASSERT_TRUE(wait_until([&] { return !heard[i].empty(); }));
+    EXPECT_EQ(heard[i], std::vector<std::string>{name});
+  }
+  ask(LockOp::Verb::ring, 0, name);
+  ask(LockOp::Verb::ring, 0, "other");
+  ASSERT_TRUE(wait_until([&] { return !heard[3].empty(); }));
+  EXPECT_EQ(heard[0].size(), 0u) << "it rang itself";
+  EXPECT_EQ(heard[1].size() + heard[2].size(), 2u);
+  EXPECT_TRUE(list().empty());
+}
+
 TEST_F(LockTest, ListsThemByName) {
   for (const char* name : {"b", "a", "c:{x}"}) acquire(0, name);
   WaitedLock& other = lock_op(LockOp::Verb::acquire, "z");

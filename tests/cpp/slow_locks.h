@@ -48,6 +48,8 @@ class SlowLocks final : public store::LockStore {
       const char* verb = op->verb == Verb::acquire   ? "acquire "
                          : op->verb == Verb::renew   ? "renew "
                          : op->verb == Verb::release ? "release "
+                         : op->verb == Verb::stand   ? "stand "
+                         : op->verb == Verb::ring    ? "ring "
                                                      : "break ";
       out += (out.empty() ? "" : ", ") + std::string(verb) + op->name;
     }

@@ -115,6 +115,19 @@ async def test_every_operation_works_through_the_pooler(store):
         assert op.result == "receipt"
 
 
+async def test_who_waits_for_an_operation_looks_now_and_then(store):
+    async def wait() -> object:
+        async with store.idempotent("slow", wait=30) as op:
+            return op.result if op.done else "ran after all"
+
+    async with store.idempotent("slow") as op:
+        waiters = [asyncio.create_task(wait()) for _ in range(5)]
+        await asyncio.sleep(0.5)
+        assert not any(task.done() for task in waiters)
+        op.result = "receipt"
+    assert await asyncio.gather(*waiters) == ["receipt"] * 5
+
+
 async def test_a_lease_is_renewed_through_the_pooler(store):
     async with store.lock("one", ttl=4.0, auto_renew=True) as lease:
         await asyncio.sleep(5)

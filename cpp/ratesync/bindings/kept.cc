@@ -1,4 +1,5 @@
-// Kept: the lease of an idempotent call, a row of the state that is renewed for its writer.
+// Kept: the lease of an idempotent call, a row of the state that is renewed for its writer. And the bell of
+// its key, by which others wait for its end.
 #include <Python.h>
 #include <structmember.h>
 
@@ -155,6 +156,68 @@ PyObject* state_keep(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
   if (!impl) return nullptr;
   return keep_row(*impl, kind ? std::string(utf8(kind)) : impl->kind, std::string(utf8(args[0])), version,
                   ttl_ms, age);
+}
+
+namespace {
+
+// The service that has the bells of a state; null with an exception set.
+engine::LockService* service_of(const StateImpl& impl) {
+  Result<engine::LockService*> service = impl.locks->get(impl.prefix);
+  if (service.ok()) return service.value();
+  raise_status(service.status(), impl.store_id);
+  return nullptr;
+}
+
+bool check_key(PyObject* key, PyObject* kind) {
+  return check_name(key, "key", kMaxKey) && check_name(kind, "kind", kMaxName);
+}
+
+PyObject* finish_bell(PyObject*, engine::Completion& completion) {
+  auto& task = static_cast<engine::BellWait&>(completion);
+  if (!task.status.ok()) return raise_status(task.status, {});
+  return PyLong_FromLongLong(task.seen);
+}
+
+}  // namespace
+
+// _bell(key, kind, seen, timeout)
+PyObject* state_bell(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+  if (nargs != 4) {
+    PyErr_SetString(PyExc_TypeError, "_bell() takes key, kind, seen and timeout");
+    return nullptr;
+  }
+  std::int64_t seen = 0;
+  bool ok = check_key(args[0], args[1]) && check_int64(args[2], "seen", 0, "what _bell() gave, or 0", &seen);
+  const Nanos timeout = ok ? parse_timeout(args[3], kForever, &ok) : 0;
+  StateImpl* impl = ok ? live(reinterpret_cast<StateObject*>(self)) : nullptr;
+  engine::LockService* service = impl ? service_of(*impl) : nullptr;
+  if (!service) return nullptr;
+  return make_task_call({impl->engine, impl->store_id, self, finish_bell, true,
+                         [service, space = impl->space, engine = impl->engine, seen, timeout,
+                          name = engine::Bells::name_of(utf8(args[1]), utf8(args[0]))] {
+                           auto* task = new engine::BellWait(service->bells(), space, name);
+                           task->seen = seen;
+                           task->until = saturating_add(engine->clock().now(), timeout);
+                           return task;
+                         }});
+}
+
+// _ring(key, kind)
+PyObject* state_ring(PyObject* self, PyObject* const* args, Py_ssize_t nargs) {
+  if (nargs != 2) {
+    PyErr_SetString(PyExc_TypeError, "_ring() takes key and kind");
+    return nullptr;
+  }
+  StateImpl* impl = check_key(args[0], args[1]) ? live(reinterpret_cast<StateObject*>(self)) : nullptr;
+  engine::LockService* service = impl ? service_of(*impl) : nullptr;
+  if (!service) return nullptr;
+  // Not taken after a shutdown: then nobody waits here, and who waits elsewhere looks now and then.
+  if (service->shared() || service->bells().awaited())
+    impl->engine->submit(engine::Run{
+        [service, space = impl->space, name = engine::Bells::name_of(utf8(args[1]), utf8(args[0]))] {
+          service->bells().ring(space, name);
+        }});
+  Py_RETURN_NONE;
 }
 
 bool init_kept_type(PyObject* module) {

@@ -106,6 +106,9 @@ PyObject* leave_lease(LeaseObject* lease, bool async, bool failing);
 bool init_kept_type(PyObject* module);
 // State._keep(): the row that this caller wrote, renewed from now on.
 PyObject* state_keep(PyObject* state, PyObject* const* args, Py_ssize_t nargs);
+// State._bell() and State._ring(): see engine/bells.h.
+PyObject* state_bell(PyObject* state, PyObject* const* args, Py_ssize_t nargs);
+PyObject* state_ring(PyObject* state, PyObject* const* args, Py_ssize_t nargs);
 // A Pending of whether it was lost (True) or ended.
 PyObject* signal_call(const std::shared_ptr<engine::Engine>& engine, PyObject* owner,
                       const engine::KeptRef& kept);

@@ -68,7 +68,8 @@ LockService::LockService(store::LockStore& store, Keeper& keeper, Timers& timers
       timers_(timers),
       shared_(shared),
       post_(std::move(post)),
-      random_(static_cast<std::minstd_rand::result_type>(seed | 1)) {
+      random_(static_cast<std::minstd_rand::result_type>(seed | 1)),
+      bells_(store, timers, shared, seed ^ 1, [this] { farewell(); }) {
   store_.on_freed([this](const store::Space& space, const std::string& name) {
     std::string key = key_of(space, name);
     // The memory store says so on the releasing thread.
@@ -77,15 +78,6 @@ LockService::LockService(store::LockStore& store, Keeper& keeper, Timers& timers
 }
 
 LockService::~LockService() = default;
-
-// No part contains NUL.
-std::string LockService::key_of(const store::Space& space, const std::string& name) {
-  std::string key;
-  key.reserve(space.name_space.size() + space.tenant.size() + name.size() + 2);
-  key.append(space.name_space).push_back('\0');
-  key.append(space.tenant).push_back('\0');
-  return key.append(name);
-}
 
 LockService::Name* LockService::find(const std::string& key) {
   const auto it = names_.find(key);
@@ -281,6 +273,7 @@ void LockService::in_doubt(Name& name, LockAcquire* task, Status status) {
 }
 
 void LockService::freed(const std::string& key) {
+  if (bells_.heard(key)) return;
   Name* name = find(key);
   // Our own release, handed over already.
   if (!name || name->line.empty() || held_here(*name)) return;
@@ -408,13 +401,14 @@ void LockService::shutdown(std::function<void()> done) {
     task->status = shut_down();
     cancel(task, Outcome::failed);
   }
+  bells_.shutdown();
   while (held_) let_go(std::static_pointer_cast<HeldLock>(held_->shared_from_this()));
   --in_store_;
   farewell();
 }
 
 void LockService::farewell() {
-  if (in_store_ == 0 && farewell_) std::exchange(farewell_, nullptr)();
+  if (in_store_ == 0 && bells_.asked() == 0 && farewell_) std::exchange(farewell_, nullptr)();
 }
 
 // --- by prefix ------------------------------------------------------------------------------------

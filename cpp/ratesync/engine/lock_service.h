@@ -34,6 +34,7 @@
 #include <unordered_map>
 
 #include "ratesync/base/spin_lock.h"
+#include "ratesync/engine/bells.h"
 #include "ratesync/engine/keeper.h"
 #include "ratesync/store/store.h"
 
@@ -222,6 +223,7 @@ class LockService {
   [[nodiscard]] store::LockStore& store() { return store_; }
   [[nodiscard]] Keeper& keeper() { return keeper_; }
   [[nodiscard]] Timers& timers() { return timers_; }
+  [[nodiscard]] Bells& bells() { return bells_; }
 
  private:
   friend class HeldLock;
@@ -231,7 +233,6 @@ class LockService {
 
   using Name = LockName;
 
-  static std::string key_of(const store::Space& space, const std::string& name);
   Name* find(const std::string& key);
   Name& name_of(LockAcquire& task);
   void drop_if_idle(Name& name);
@@ -280,6 +281,7 @@ class LockService {
   SpinLock local_mutex_;                                             // guards local_
   std::unordered_map<std::int64_t, std::weak_ptr<HeldLock>> local_;  // of a store of this process, by token
   std::minstd_rand random_;
+  Bells bells_;  // in the same lines of the store
 };
 
 // The services of a store, by prefix.

@@ -85,10 +85,12 @@ bool MemoryLocks::free(Shard& shard, store::LockOp& op, const NameView& name, Na
 }
 
 void MemoryLocks::decide(store::LockOp& op) {
+  op.reply = {};
+  // No other process sees this store: there is nobody to tell, or to be told by.
+  if (op.verb == Verb::stand || op.verb == Verb::ring) return;
   const NameView name(*op.space, op.name);
   Shard& shard = shard_of(name);
   bool freed = false;
-  op.reply = {};
   op.reply.outcome = Outcome::lost;
   {
     const std::lock_guard lock(shard.mutex);

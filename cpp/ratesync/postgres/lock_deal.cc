@@ -102,6 +102,9 @@ std::vector<Call> PgLockStore::build_calls(LockTrip& trip) {
   if (!round.looks.empty()) trip.look_call = add(named_call(sql.look, round.looks, me));
   if (!round.keeps.empty()) trip.keep_call = add(keep_call(sql.keep, round.keeps));
   if (!round.unwaits.empty() && waiters) add(named_call(sql.unwait, round.unwaits, me));
+  if (!round.stands.empty() && waiters)
+    add(named_call(sql.stand, round.stands, me, std::to_string(kLockPlace / kMilli)));
+  if (!round.rings.empty() && waiters) add(named_call(sql.ring, round.rings, me, channel_));
   if (!round.takes.empty())
     trip.take_call = add(take_call(sql.take, round.takes, backend_.options().holder, me));
   if (!waiters) return calls;
@@ -157,6 +160,24 @@ void PgLockStore::deal_takes(LockTrip& trip, const Rows& rows, Dealt& dealt) {
   }
 }
 
+void PgLockStore::deal_bells(const LockRound& round, Dealt& dealt) {
+  for (LockItem* item : round.stands) {
+    item->op->reply = {};
+    item->op->reply.outcome = Outcome::taken;
+    if (sql().queue.sql.empty()) {
+      item->op->reply.status = Status::make(Code::unavailable, "there is no table of waiters: run migrate");
+    } else {
+      remember(item->key, 0, true);
+    }
+    dealt.done.push_back(item);
+  }
+  for (LockItem* item : round.rings) {
+    item->op->reply = {};
+    forget(item->key);
+    dealt.done.push_back(item);
+  }
+}
+
 void PgLockStore::deal_asked(const LockItems& items, const Rows& rows, bool queue, Dealt& dealt) {
   std::unordered_map<std::size_t, int> found;
   for (int row = 0; row < rows.rows(); ++row) found[static_cast<std::size_t>(rows.integer(row, 0) - 1)] = row;
@@ -192,6 +213,7 @@ void PgLockStore::answered(const TripPtr& trip, PipelineResult result) {
   const LockRound& round = trip->round;
   Dealt dealt;
   if (!round.keeps.empty()) deal_keeps(*trip, *result.results[trip->keep_call], dealt);
+  deal_bells(round, dealt);
   if (!round.takes.empty()) deal_takes(*trip, *result.results[trip->take_call], dealt);
   if (!round.looks.empty()) deal_asked(round.looks, *result.results[trip->look_call], false, dealt);
   if (!round.queues.empty()) deal_asked(round.queues, *result.results[trip->queue_call], true, dealt);

@@ -33,6 +33,17 @@ void plan_asking(const LockItems& pending, bool waiters, LockRound& round) {
   }
 }
 
+LockItems& list_of(LockItem::Kind kind, LockRound& round) {
+  switch (kind) {
+    case LockItem::Kind::keep: return round.keeps;
+    case LockItem::Kind::unwait: return round.unwaits;
+    case LockItem::Kind::stand: return round.stands;
+    case LockItem::Kind::ring: return round.rings;
+    case LockItem::Kind::take: break;
+  }
+  return round.takes;
+}
+
 void plan_deciding(const LockItems& pending, LockRound& round) {
   std::unordered_map<std::string_view, Name> names;
   names.reserve(pending.size());
@@ -50,7 +61,7 @@ void plan_deciding(const LockItems& pending, LockRound& round) {
       round.takes.push_back(item);
     } else {
       name.kept = true;
-      (item->kind == LockItem::Kind::keep ? round.keeps : round.unwaits).push_back(item);
+      list_of(item->kind, round).push_back(item);
     }
   }
 }
@@ -73,7 +84,7 @@ LockName split_key(std::string_view key) {
 
 LockItems LockRound::asked() const {
   LockItems out;
-  for (const LockItems* list : {&keeps, &unwaits, &takes, &looks, &queues})
+  for (const LockItems* list : {&keeps, &unwaits, &stands, &rings, &takes, &looks, &queues})
     out.insert(out.end(), list->begin(), list->end());
   return out;
 }
@@ -86,7 +97,8 @@ LockRound plan_locks(const LockItems& pending, bool waiters) {
     plan_asking(pending, waiters, round);
   else
     plan_deciding(pending, round);
-  for (LockItems* list : {&round.keeps, &round.unwaits, &round.takes, &round.looks, &round.queues})
+  for (LockItems* list :
+       {&round.keeps, &round.unwaits, &round.stands, &round.rings, &round.takes, &round.looks, &round.queues})
     settle(*list);
   return round;
 }

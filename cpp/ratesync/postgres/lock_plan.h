@@ -24,7 +24,9 @@ struct LockItem {
   enum class Kind : std::uint8_t {
     take,    // acquire
     keep,    // renew, release, break_
-    unwait,  // nobody of this process stands in line any more; tell the next
+    unwait,  // nobody of this process stands in line any more; tell the next, unless it is a bell
+    stand,
+    ring,  // bells
   };
   Kind kind = Kind::take;
   store::LockOp* op = nullptr;  // null: unwait
@@ -33,17 +35,19 @@ struct LockItem {
   bool refused = false;       // take: somebody else has it, we ask who
   unsigned lost_races = 0;    // it was free when we asked
   Nanos doubtful_until = -1;  // sent, answer lost: sent again until then
+  bool bell = false;          // unwait: of a bell
   std::size_t row = 0;        // of its statement, from 0
 
   [[nodiscard]] bool frees() const {
-    return kind == Kind::unwait || (kind == Kind::keep && op->verb != store::LockOp::Verb::renew);
+    return (kind == Kind::unwait && !bell) || (kind == Kind::keep && op->verb != store::LockOp::Verb::renew);
   }
 };
 using LockItems = std::vector<LockItem*>;
 
-// Either keeps, unwaits and takes, in this order; or looks and queues. Each list is sorted by key.
+// Either keeps, unwaits, bells and takes, in this order; or looks and queues. Each list is sorted by key.
 struct LockRound {
   LockItems keeps, unwaits;  // one per name
+  LockItems stands, rings;   // one per name
   LockItems takes;           // one per name
   LockItems looks, queues;   // any number per name; those of one name share a row
   LockItems later;           // in order

@@ -101,15 +101,18 @@ DELETE FROM {1} AS w
 USING unnest($1::text[], $2::text[], $3::text[]) AS i(ns, tn, nm)
 WHERE w.namespace = i.ns AND w.tenant = i.tn AND w.name = i.nm AND w.waiter_id = $4::int8)";
 
+// Names may hold anything: the payload tells their lengths.
+constexpr const char* kTell = R"(pg_notify($5::text || {}.waiter_id,
+                   '=' || octet_length(convert_to(i.ns, 'UTF8')) || ' ' ||
+                   octet_length(convert_to(i.tn, 'UTF8')) || ' ' || i.ns || i.tn || i.nm)::text)";
+
 // After what freed the locks, for a snapshot that is younger than the wait for their rows: only then
 // everybody who stood in line by then is seen. NOTIFY makes commits wait for each other, so it is spared
-// where nobody waits, and where the first in line is ourselves. Names may hold anything: the payload tells
-// their lengths.
+// where nobody waits, and where the first in line is ourselves.
 constexpr const char* kNotify = R"(
 SELECT i.ord, q.waiter_id = $4::int8,
        CASE WHEN q.waiter_id <> $4::int8 THEN
-         pg_notify($5::text || q.waiter_id, '=' || octet_length(convert_to(i.ns, 'UTF8')) || ' ' ||
-                   octet_length(convert_to(i.tn, 'UTF8')) || ' ' || i.ns || i.tn || i.nm)::text END
+         {2} END
 FROM unnest($1::text[], $2::text[], $3::text[]) WITH ORDINALITY AS i(ns, tn, nm, ord), LATERAL (
   SELECT w.waiter_id FROM {1} AS w
   WHERE w.namespace = i.ns AND w.tenant = i.tn AND w.name = i.nm AND w.expires_at > clock_timestamp()
@@ -117,6 +120,20 @@ FROM unnest($1::text[], $2::text[], $3::text[]) WITH ORDINALITY AS i(ns, tn, nm,
 WHERE (SELECT EXISTS (SELECT FROM {1}))
   AND NOT EXISTS (SELECT FROM {0} AS l WHERE l.namespace = i.ns AND l.tenant = i.tn AND l.name = i.nm
                   AND l.holder_id > 0 AND l.expires_at > clock_timestamp()))";
+
+constexpr const char* kStand = R"(
+INSERT INTO {1} AS w (namespace, tenant, name, waiter_id, since, expires_at)
+SELECT ns, tn, nm, $4::int8, clock_timestamp(), clock_timestamp() + $5::int8 * interval '1 millisecond'
+FROM unnest($1::text[], $2::text[], $3::text[]) AS i(ns, tn, nm)
+ON CONFLICT (namespace, tenant, name, waiter_id) DO UPDATE SET expires_at = excluded.expires_at)";
+
+// Whoever looks again after he stood in line either sees what this rings for, or is told. Where nobody waits
+// nothing is written.
+constexpr const char* kRing = R"(
+DELETE FROM {1} AS w
+USING unnest($1::text[], $2::text[], $3::text[]) AS i(ns, tn, nm)
+WHERE w.namespace = i.ns AND w.tenant = i.tn AND w.name = i.nm
+RETURNING CASE WHEN w.waiter_id <> $4::int8 AND w.expires_at > clock_timestamp() THEN {2} END)";
 
 constexpr const char* kRefresh = R"(
 UPDATE {1} AS w SET expires_at = clock_timestamp() + $5::int8 * interval '1 millisecond'
@@ -202,7 +219,9 @@ LockSql make_lock_sql(const LockTables& t) {
   sql.queue = make("lock_queue", kQueue, "", left("expires_at"), kept);
   sql.served = make("lock_served", kServed);
   sql.unwait = make("lock_unwait", kUnwait);
-  sql.notify = make("lock_notify", kNotify);
+  sql.notify = make("lock_notify", kNotify, fmt::format(fmt::runtime(kTell), "q"));
+  sql.stand = make("lock_stand", kStand);
+  sql.ring = make("lock_ring", kRing, fmt::format(fmt::runtime(kTell), "w"));
   sql.refresh = make("lock_refresh", kRefresh);
   sql.purge_waiters = make("lock_purge_waiters", kPurgeWaiters);
   return sql;

@@ -38,6 +38,10 @@ struct LockSql {
   Statement unwait;  // $4 int8 who
   // $4 int8 who, $5 text channel. Tells the first in line of each lock that is free. Row: ord, it is $4.
   Statement notify;
+  // Bells, which have no lock. $4 int8 who, $5 int8 ms.
+  Statement stand;
+  // $4 int8 who, $5 text channel. Tells all but $4, and forgets them all.
+  Statement ring;
   // $4 int8 who, $5 int8 ms. Row: ord, of those that are still remembered.
   Statement refresh;
   // $1 int8: at most so many.

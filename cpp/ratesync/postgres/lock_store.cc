@@ -45,6 +45,18 @@ Status check(const LockOp& op) {
   return Status::success();
 }
 
+LockItem::Kind kind_of(LockOp::Verb verb) {
+  switch (verb) {
+    case LockOp::Verb::acquire: return LockItem::Kind::take;
+    case LockOp::Verb::stand: return LockItem::Kind::stand;
+    case LockOp::Verb::ring: return LockItem::Kind::ring;
+    case LockOp::Verb::renew:
+    case LockOp::Verb::release:
+    case LockOp::Verb::break_: break;
+  }
+  return LockItem::Kind::keep;
+}
+
 std::vector<store::LockInfo> read_list(const Rows& rows) {
   std::vector<store::LockInfo> out;
   for (int r = 0; r < rows.rows(); ++r)
@@ -122,7 +134,7 @@ void PgLockStore::submit(LockOp* op) {
   LockItem item;
   item.op = op;
   if (Status bad = check(*op); !bad.ok()) return fail(item, bad);
-  item.kind = op->verb == LockOp::Verb::acquire ? LockItem::Kind::take : LockItem::Kind::keep;
+  item.kind = kind_of(op->verb);
   item.key = lock_key(*op->space, op->name);
   item.mark = -1 - static_cast<std::int64_t>(marks_() >> 2);
   push(std::move(item));

@@ -51,6 +51,7 @@ class PgLockStore final : public store::LockStore, private Lanes<LockItem, LockT
   // A place in line is kept for a while after the process was told how long the lease still runs.
   struct Place {
     Nanos until = 0;
+    bool bell = false;
   };
 
   // lock_store.cc: queueing
@@ -77,12 +78,13 @@ class PgLockStore final : public store::LockStore, private Lanes<LockItem, LockT
   std::vector<Call> build_calls(LockTrip& trip);
   void deal_keeps(LockTrip& trip, const Rows& rows, Dealt& dealt);
   void deal_takes(LockTrip& trip, const Rows& rows, Dealt& dealt);
+  void deal_bells(const LockRound& round, Dealt& dealt);
   void deal_asked(const LockItems& items, const Rows& rows, bool queue, Dealt& dealt);
   void failed(const TripPtr& trip, const PipelineResult& result);
   void doubt(const LockItems& items);
 
   // lock_waiters.cc
-  void remember(const std::string& key, Nanos lease);
+  void remember(const std::string& key, Nanos lease, bool bell = false);
   void forget(const std::string& key);
   void tell(const std::string& key);
   void heard(const std::string& payload);

@@ -33,8 +33,8 @@ Call place_call(const Statement& statement, const std::vector<std::string>& keys
 
 // The server remembers us there, as long as we say so. Whoever waits asks again when the lease that it was
 // told of is over, at the latest; a place that nobody asks for any more is not kept alive beyond that.
-void PgLockStore::remember(const std::string& key, Nanos lease) {
-  waiting_[key].until = saturating_add(saturating_add(clock_.now(), kLockPlace), lease);
+void PgLockStore::remember(const std::string& key, Nanos lease, bool bell) {
+  waiting_[key] = {saturating_add(saturating_add(clock_.now(), kLockPlace), lease), bell};
   listener_.want(true);
   refresh_later();
 }
@@ -45,11 +45,13 @@ void PgLockStore::forget(const std::string& key) {
 
 void PgLockStore::stop_waiting(const store::SpaceRef& space, const std::string& name) {
   std::string key = lock_key(*space, name);
-  if (!waiting_.contains(key)) return;
-  forget(key);
-  if (closing_) return;
+  const auto place = waiting_.find(key);
+  if (place == waiting_.end()) return;
   LockItem item;
   item.kind = LockItem::Kind::unwait;
+  item.bell = place->second.bell;
+  forget(key);
+  if (closing_) return;
   item.key = std::move(key);
   push(std::move(item));
 }
@@ -63,14 +65,16 @@ void PgLockStore::heard(const std::string& payload) {
   store::Space space;
   std::string name;
   if (closing_ || !read_freed(payload, space, name)) return;
-  if (waiting_.contains(lock_key(space, name))) {
+  const std::string key = lock_key(space, name);
+  if (const auto place = waiting_.find(key); place != waiting_.end()) {
+    if (place->second.bell) forget(key);  // as who rang did
     if (freed_) freed_(space, name);
     return;
   }
   // We left meanwhile: it is for the next one.
   LockItem item;
   item.kind = LockItem::Kind::unwait;
-  item.key = lock_key(space, name);
+  item.key = key;
   push(std::move(item));
 }
 

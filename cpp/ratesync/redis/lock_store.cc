@@ -127,6 +127,8 @@ bool RedisLockStore::write(const LaneItem& item, bool, CallWriter& to) {
       to.add("r").add(op.verb == Verb::release ? std::max<std::int64_t>(op.token, 1) : op.token);
       to.add(freed_message(*op.space, op.name));
       break;
+    case Verb::stand: to.add("s"); break;
+    case Verb::ring: to.add("b").add(freed_message(*op.space, op.name)); break;
   }
   return true;
 }

@@ -36,6 +36,9 @@ struct LockOp {
     renew,  // `ttl` from now, where the lock is held under `token`. Expired, but taken by nobody: still ours
     release,  // where it is held under `token`, and wake the first waiter
     break_,   // by hand: release whatever `token` says, 0: whoever holds it
+    // A name as a bell, without a lock behind it:
+    stand,  // remembers this process as a waiter, as a queued acquire that is `taken` does
+    ring,   // tells all other processes that wait, through on_freed(), and forgets them and this one
   };
   Verb verb = Verb::acquire;
   SpaceRef space;

@@ -158,5 +158,28 @@ function verbs.v()
   answer(0, 0, 0)
 end
 
+-- A bell, which has no lock: our process waits there
+function verbs.s()
+  local l, bad = load(take_key())
+  if bad then return answer_error(bad) end
+  wait(l)
+  answer(1, 0, 0)
+end
+
+-- All others who wait there are told, and it is empty. message
+function verbs.b()
+  local lock, message = take_key(), take_text()
+  local l, bad = load(lock)
+  if bad then return answer_error(bad) end
+  for _, waiter in ipairs(l.waiters) do
+    if waiter.hears and waiter.field ~= mine then
+      redis.pcall('PUBLISH', ARGV[5] .. string.sub(waiter.field, 2), message)
+    end
+    if l.token then redis.call('HDEL', lock, waiter.field) end
+  end
+  if not l.token then redis.call('DEL', lock) end
+  answer(0, 0, 0)
+end
+
 while argument < #ARGV do verbs[take_text()]() end
 return finish()
