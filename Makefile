@@ -7,7 +7,7 @@ JOBS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 STORE ?= memory
 PYTEST_ARGS ?=
 # Files side by side, each worker with servers of its own: most tests wait for servers and clocks.
-WORKERS ?= $(shell expr $(JOBS) + 1)
+WORKERS ?= $(shell expr $(JOBS) + 2)
 export VENV BUILD
 
 PY = $(VENV)/bin/python

@@ -380,6 +380,11 @@ async def test_a_role_with_fewer_connections_than_the_pool_wants_is_served_by_th
     app_url, ratesync_asyncpg
 ):
     await ratesync_asyncpg.execute("ALTER ROLE myapp_user CONNECTION LIMIT 1")
+    # Sessions of tests before this one may still be on their way out, and would be the one that is allowed.
+    sessions = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'myapp_user'"
+    async with asyncio.timeout(30):
+        while await ratesync_asyncpg.fetchval(sessions):
+            await asyncio.sleep(0.02)
     try:
         await ratesync_asyncpg.execute(TABLE + GRANT)
         configure_store("db", strategy="postgres", url=app_url, pool_min_size=2, pool_max_size=10)
