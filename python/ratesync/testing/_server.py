@@ -73,6 +73,23 @@ class HeldPort:
         self.close()
 
 
+class OwnsPort:
+    """A server with a port that stays its own until `_let_go()`."""
+
+    port: int
+    _held: HeldPort | None = None
+
+    def _hold_port(self, *, bus: bool = False) -> None:
+        self._let_go()
+        self._held = HeldPort(bus=bus)
+        self.port = self._held.number
+
+    def _let_go(self) -> None:
+        held, self._held = self._held, None
+        if held is not None:
+            held.close()
+
+
 class ServerLog:
     """Reads the file `log` in the server's directory."""
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote, urlencode, urlsplit, urlunsplit
 
-from ratesync.testing._server import HeldPort, ServerLog
+from ratesync.testing._server import OwnsPort, ServerLog
 from ratesync.testing._sql import execute
 
 __all__ = ["ExternalPostgres", "PostgresNotFoundError", "PostgresServer"]
@@ -129,7 +129,7 @@ class ExternalPostgres(_Databases):
         """Nothing: the server is not ours."""
 
 
-class PostgresServer(ServerLog, _Databases):
+class PostgresServer(OwnsPort, ServerLog, _Databases):
     """One PostgreSQL server of our own.
 
     Args:
@@ -169,7 +169,6 @@ class PostgresServer(ServerLog, _Databases):
         self._home: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._guard: subprocess.Popen[bytes] | None = None
-        self._held: HeldPort | None = None
 
     @staticmethod
     def find(*, durable: bool = True) -> PostgresServer | ExternalPostgres:
@@ -198,7 +197,7 @@ class PostgresServer(ServerLog, _Databases):
                 if "shared memory" in str(failure) and attempt < 19:
                     time.sleep(0.1)
                 elif "Address already in use" in str(failure) and attempt < 5:
-                    self._take_port()
+                    self._hold_port()
                 else:
                     raise RuntimeError(f"PostgreSQL did not start; its log:\n{failure}") from None
         raise AssertionError("not reached")
@@ -337,18 +336,8 @@ class PostgresServer(ServerLog, _Databases):
         self._guard = subprocess.Popen(
             ["sh", "-c", _GUARD, "sh", str(home)], stdin=subprocess.PIPE, start_new_session=True
         )
-        self._take_port()
+        self._hold_port()
         return home
-
-    def _take_port(self) -> None:
-        self._let_go()
-        self._held = HeldPort()
-        self.port = self._held.number
-
-    def _let_go(self) -> None:
-        held, self._held = self._held, None
-        if held is not None:
-            held.close()
 
     def _initialize(self) -> None:
         home = self._make_home()

@@ -26,7 +26,7 @@ from typing import Any
 from urllib.parse import quote, unquote, urlencode, urlsplit
 
 from ratesync.testing._resp import Argument, RespConnection, RespError
-from ratesync.testing._server import HeldPort, ServerLog
+from ratesync.testing._server import OwnsPort, ServerLog
 
 __all__ = ["ExternalRedis", "RedisNotFoundError", "RedisServer"]
 
@@ -128,7 +128,7 @@ class ExternalRedis:
         """Nothing: the server is not ours."""
 
 
-class RedisServer(ServerLog):
+class RedisServer(OwnsPort, ServerLog):
     """One Redis server of our own, which keeps nothing on disk unless asked to.
 
     Args:
@@ -182,7 +182,6 @@ class RedisServer(ServerLog):
         self._directory = _home
         self._home: _Home | None = None
         self._chosen = port != 0 or unix_socket  # by the caller, who answers for it
-        self._held: HeldPort | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
     @staticmethod
@@ -400,14 +399,7 @@ class RedisServer(ServerLog):
             return False
 
     def _take_port(self) -> None:
-        self._let_go()
-        self._held = HeldPort(bus=self._settings.get("cluster-enabled") == "yes")
-        self.port = self._held.number
-
-    def _let_go(self) -> None:
-        held, self._held = self._held, None
-        if held is not None:
-            held.close()
+        self._hold_port(bus=self._settings.get("cluster-enabled") == "yes")
 
     def _signal(self, number: signal.Signals) -> None:
         if self.running and self._process is not None:
