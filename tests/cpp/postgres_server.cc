@@ -1,25 +1,15 @@
 #include "postgres_server.h"
 
-#include <fcntl.h>
 #include <glob.h>
-#include <grp.h>
 #include <pwd.h>
 #include <signal.h>
 #include <sys/wait.h>
 #include <unistd.h>
-#if defined(__linux__)
-#include <sys/prctl.h>
-#endif
 
-#include <chrono>
 #include <cstdlib>
-#include <filesystem>
 #include <fstream>
-#include <iterator>
 #include <stdexcept>
 #include <string>
-#include <thread>
-#include <vector>
 
 namespace ratesync::testing {
 
@@ -34,32 +24,41 @@ PostgresServer::PostgresServer() {
     return;
   }
   const std::string bin = find_binaries();
-  char pattern[] = "/tmp/ratesync-pg-XXXXXX";
-  if (!mkdtemp(pattern)) throw std::runtime_error("mkdtemp failed");
-  directory_ = pattern;
+  const std::string& directory = home_.emplace("pg").directory;
+  const passwd* account = nullptr;
   // PostgreSQL refuses to run as root.
   if (geteuid() == 0) {
-    account_ = getpwnam("postgres");
-    if (!account_) account_ = getpwnam("nobody");
-    if (chown(pattern, account_->pw_uid, account_->pw_gid) != 0) throw std::runtime_error("chown failed");
+    account = getpwnam("postgres");
+    if (!account) account = getpwnam("nobody");
+    if (chown(directory.c_str(), account->pw_uid, account->pw_gid) != 0)
+      throw std::runtime_error("chown failed");
   }
-  const std::string data = directory_ + "/data";
-  const pid_t initdb = spawn({bin + "/initdb", "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8",
-                              "--locale=C", "--no-sync"});
+  const std::string data = directory + "/data";
+  const pid_t initdb = home_->spawn(
+      {bin + "/initdb", "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync"},
+      SIGQUIT, account);
   int status = 0;
   if (waitpid(initdb, &status, 0) != initdb || status != 0)
-    throw std::runtime_error("initdb failed: " + log());
+    throw std::runtime_error("initdb failed: " + home_->log());
   {
     std::ofstream hba(data + "/pg_hba.conf");
     hba << "host all guarded 127.0.0.1/32 scram-sha-256\nhost all all 127.0.0.1/32 trust\nlocal all all "
            "trust\n";
   }
-  pid_ = spawn({bin + "/postgres", "-D", data, "-k", directory_, "-p", port_.text(), "-c",
-                "listen_addresses=127.0.0.1", "-c", "fsync=off", "-c", "max_connections=20", "-c",
-                "superuser_reserved_connections=1", "-c",
-                "password_encryption=scram-sha-256"});  // md5 before 14
+  // Before 14 passwords are md5 unless told.
+  pid_ = home_->spawn({bin + "/postgres", "-D", data, "-k", directory, "-p", port_.text(), "-c",
+                       "listen_addresses=127.0.0.1", "-c", "fsync=off", "-c", "max_connections=20", "-c",
+                       "superuser_reserved_connections=1", "-c", "password_encryption=scram-sha-256"},
+                      SIGQUIT, account);
   url_ = "postgresql://postgres@127.0.0.1:" + port_.text() + "/postgres";
-  wait_until_ready(data + "/postmaster.pid");
+  const auto ready = [&data] {
+    std::ifstream in(data + "/postmaster.pid");
+    std::string line;
+    for (int n = 0; n < 8 && std::getline(in, line); ++n) {
+    }
+    return line.starts_with("ready");
+  };
+  home_->wait_until(ready, "PostgreSQL", pid_);
 }
 
 PostgresServer::~PostgresServer() {
@@ -68,8 +67,6 @@ PostgresServer::~PostgresServer() {
     int status = 0;
     waitpid(pid_, &status, 0);
   }
-  std::error_code ignored;
-  if (!directory_.empty()) std::filesystem::remove_all(directory_, ignored);
 }
 
 std::string PostgresServer::find_binaries() {
@@ -85,48 +82,6 @@ std::string PostgresServer::find_binaries() {
     if (!bin.empty()) return bin;
   }
   throw std::runtime_error("no PostgreSQL server found; set RATESYNC_PG_BIN or RATESYNC_TEST_POSTGRES_URL");
-}
-
-pid_t PostgresServer::spawn(const std::vector<std::string>& command) const {
-  std::vector<char*> argv;
-  for (const std::string& word : command) argv.push_back(const_cast<char*>(word.c_str()));
-  argv.push_back(nullptr);
-  const std::string log_file = directory_ + "/log";
-  const pid_t pid = fork();
-  if (pid != 0) return pid;
-  if (account_ &&
-      (setgroups(0, nullptr) != 0 || setgid(account_->pw_gid) != 0 || setuid(account_->pw_uid) != 0))
-    _exit(126);
-#if defined(__linux__)
-  prctl(PR_SET_PDEATHSIG, SIGQUIT);  // also when a test crashes
-#endif
-  const int out = open(log_file.c_str(), O_CREAT | O_WRONLY | O_APPEND, 0644);
-  dup2(out, 1);
-  dup2(out, 2);
-  execv(argv[0], argv.data());
-  _exit(127);
-}
-
-std::string PostgresServer::log() const {
-  std::ifstream in(directory_ + "/log");
-  return {std::istreambuf_iterator<char>(in), {}};
-}
-
-void PostgresServer::wait_until_ready(const std::string& pid_file) {
-  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(60);
-  for (;;) {
-    std::ifstream in(pid_file);
-    std::string line;
-    for (int n = 0; n < 8 && std::getline(in, line); ++n) {
-    }
-    if (line.starts_with("ready")) return;
-    const bool ended = waitpid(pid_, nullptr, WNOHANG) == pid_;
-    if (ended) pid_ = 0;
-    if (ended || std::chrono::steady_clock::now() > end)
-      throw std::runtime_error(std::string("PostgreSQL ") +
-                               (ended ? "did not start: " : "was not ready within 60 s: ") + log());
-    std::this_thread::sleep_for(std::chrono::milliseconds(10));
-  }
 }
 
 }  // namespace ratesync::testing

@@ -6,10 +6,11 @@
 #include <pwd.h>
 #include <sys/types.h>
 
+#include <optional>
 #include <string>
-#include <vector>
 
 #include "held_port.h"
+#include "server_home.h"
 
 namespace ratesync::testing {
 
@@ -22,22 +23,18 @@ class PostgresServer {
   // True for the temporary one: then pg_hba.conf asks role "guarded" for a password, and the
   // server's socket directory is known.
   [[nodiscard]] bool own() const { return pid_ > 0; }
-  [[nodiscard]] const std::string& socket_directory() const { return directory_; }
+  [[nodiscard]] std::string socket_directory() const { return home_ ? home_->directory : std::string(); }
   [[nodiscard]] int port() const { return port_.number(); }
 
  private:
   PostgresServer();
   ~PostgresServer();
   static std::string find_binaries();
-  pid_t spawn(const std::vector<std::string>& command) const;
-  [[nodiscard]] std::string log() const;
-  void wait_until_ready(const std::string& pid_file);
 
   std::string url_;
-  std::string directory_;
+  std::optional<ServerHome> home_;
   HeldPort port_;
   pid_t pid_ = 0;
-  passwd* account_ = nullptr;
 };
 
 }  // namespace ratesync::testing

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "held_port.h"
+#include "server_home.h"
 
 namespace ratesync::testing {
 
@@ -26,8 +27,8 @@ class RedisServer {
 
   [[nodiscard]] int port() const { return port_.number(); }
   [[nodiscard]] int tls_port() const { return tls_port_ ? tls_port_->number() : 0; }
-  [[nodiscard]] std::string socket() const { return directory_ + "/sock"; }
-  [[nodiscard]] const std::string& directory() const { return directory_; }
+  [[nodiscard]] std::string socket() const { return home_.directory + "/sock"; }
+  [[nodiscard]] const std::string& directory() const { return home_.directory; }
   [[nodiscard]] std::string url() const { return "redis://127.0.0.1:" + port_.text() + "/0"; }
 
   void start();
@@ -37,17 +38,14 @@ class RedisServer {
   void thaw() const { ::kill(pid_, SIGCONT); }
 
  private:
-  pid_t spawn(const std::vector<std::string>& command) const;
   void run(const std::vector<std::string>& command) const;
   void make_certificates() const;
   // Any answer will do, also that a password is wanted, but not that it still reads its data. Asked on the
   // socket of our own directory, where nobody else answers.
   [[nodiscard]] bool serves() const;
-  void wait_until_ready();
-  [[nodiscard]] std::string log() const;
 
   const std::vector<std::string> arguments_;
-  std::string directory_;
+  const ServerHome home_{"redis"};
   std::string config_;
   HeldPort port_;
   std::optional<HeldPort> tls_port_;
