@@ -617,6 +617,67 @@ TEST(LockOutage, ADeadStoreFailsOneAfterTheOtherWithoutRecursion) {
   for (LockAcquire* task : tasks) ASSERT_EQ(rig.failed(task), Code::unavailable);
 }
 
+TEST(LockOutage, ALineOutlastsAFailover) {
+  LockRig rig;
+  LockAcquire* first = rig.start(60 * kSecond);
+  LockAcquire* second = rig.start(60 * kSecond);
+  rig.locks.taken(90'000);
+  for (int i = 0; i < 20; ++i) {  // the store is away for some ten seconds
+    rig.pass(kSecond / 2);
+    if (!rig.locks.asked.empty()) rig.locks.fail(Code::unavailable);
+  }
+  EXPECT_FALSE(rig.done(first) || rig.done(second));
+  rig.pass(kSecond / 2);
+  ASSERT_EQ(rig.locks.pending(), "acquire a");
+  rig.locks.hold();
+  ASSERT_TRUE(rig.got(first));
+  EXPECT_FALSE(rig.done(second));
+}
+
+TEST(LockOutage, WhoStandsBehindTheFirstOutlastsItToo) {
+  LockRig rig;
+  LockAcquire* first = rig.start(60 * kSecond);
+  LockAcquire* second = rig.start(60 * kSecond);
+  rig.locks.taken(90'000);
+  rig.pass(2 * kSecond);
+  rig.locks.fail(Code::unavailable);
+  first->cancel();
+  rig.pass(kSecond / 2);
+  ASSERT_EQ(rig.locks.pending(), "acquire a");
+  rig.locks.fail(Code::unavailable);
+  EXPECT_FALSE(rig.done(second)) << "though it was never told that the lock is taken";
+  rig.pass(kSecond / 2);
+  rig.locks.hold();
+  EXPECT_TRUE(rig.got(second));
+}
+
+TEST(LockOutage, ATimeoutDuringAnOutageIsAnErrorThatNamesIt) {
+  LockRig rig;
+  LockAcquire* task = rig.start(5 * kSecond);
+  rig.locks.taken(90'000);
+  for (int i = 0; i < 100 && !rig.done(task); ++i) {
+    rig.run(100 * kMilli);
+    if (!rig.locks.asked.empty()) rig.locks.fail(Code::unavailable);
+  }
+  EXPECT_EQ(rig.failed(task), Code::unavailable);
+}
+
+TEST(LockOutage, WhoeverWaitsWithoutEndLearnsOfALongOutageAndTheLineEnds) {
+  LockRig rig;
+  LockAcquire* first = rig.start();
+  LockAcquire* second = rig.start();
+  rig.locks.taken(90'000);
+  Nanos passed = 0;
+  for (; passed < 300 * kSecond && !rig.done(second); passed += kSecond / 10) {
+    rig.run(kSecond / 10);
+    while (!rig.locks.asked.empty()) rig.locks.fail(Code::unavailable);
+  }
+  EXPECT_EQ(rig.failed(first), Code::unavailable);
+  EXPECT_EQ(rig.failed(second), Code::unavailable);
+  EXPECT_GT(passed, 60 * kSecond);
+  EXPECT_LT(passed, 65 * kSecond);
+}
+
 TEST(LockOutage, AHeldLockSurvivesAnOutageShorterThanItsTtl) {
   LockRig rig;
   const HeldLockRef lease = rig.held("a", 3000);

@@ -25,6 +25,8 @@ constexpr Nanos kAnswerTime = 2 * kSecond;
 // How long an answer that was lost is asked for again.
 constexpr Nanos kDoubtTime = 10 * kSecond;
 constexpr int kUnwantedTries = 3;
+// How long a line stands while the store cannot be reached: a failover takes seconds.
+constexpr Nanos kOutageTime = 60 * kSecond;
 // How long the end waits for answers: releases that do not get through leave it to the ttl.
 constexpr Nanos kGoodbyeTime = 700 * kMilli;
 
@@ -176,6 +178,7 @@ void LockService::replied(LockAcquire* task) {
   const Code code = task->reply.status.code;
   if (code == Code::in_doubt || (task->doubts_ > 0 && code == Code::unavailable))
     return in_doubt(name, task, std::move(task->reply.status));
+  if (code == Code::unavailable && outlasts(name, *task)) return away(name, task);
   if (!task->reply.status.ok()) {
     const std::string key = name.key;
     task->status = std::move(task->reply.status);
@@ -184,6 +187,8 @@ void LockService::replied(LockAcquire* task) {
     return ask_first(key);
   }
   task->doubts_ = 0;
+  task->status = {};
+  name.away_since = kForever;
   if (task->reply.outcome == LockReply::Outcome::held) return won(name, task);
   refused(name, task);
 }
@@ -272,6 +277,24 @@ void LockService::in_doubt(Name& name, LockAcquire* task, Status status) {
   timers_.arm(name, now + jittered(std::min(kPollMin << std::min(task->doubts_, 5), kPollMax)));
 }
 
+// Whoever was told that the lock is taken, or stands behind him, has a place that an outage should not cost
+// him. A first question is answered at once.
+bool LockService::outlasts(const Name& name, const LockAcquire& task) const {
+  const Nanos now = timers_.now();
+  if (closing_ || task.until <= now) return false;
+  if (name.away_since == kForever) return task.refused_;
+  return now - name.away_since < kOutageTime;
+}
+
+void LockService::away(Name& name, LockAcquire* task) {
+  const Nanos now = timers_.now();
+  name.away_since = std::min(name.away_since, now);
+  task->state_ = LockAcquire::State::in_line;
+  task->status = std::move(task->reply.status);  // in case that it is the last word
+  if (task->until != kForever) timers_.arm(*task, task->until);
+  timers_.arm(name, now + jittered(kPollMax));
+}
+
 void LockService::freed(const std::string& key) {
   if (bells_.heard(key)) return;
   Name* name = find(key);
@@ -285,6 +308,7 @@ void LockService::freed(const std::string& key) {
 // --- the end, asked for or not --------------------------------------------------------------------
 
 void LockService::time_is_up(LockAcquire* task) {
+  if (!task->status.ok()) return cancel(task, Outcome::failed);  // the store is away
   const bool known = task->state_ == LockAcquire::State::in_line || task->refused_;
   if (known && task->doubts_ == 0) return cancel(task, Outcome::not_in_time);
   task->status =
@@ -324,7 +348,9 @@ void LockService::leave_line(Name& name, LockAcquire* task) {
   timers_.cancel(*task);
   name.line.erase(task->place_);
   waiting_.fetch_sub(1, std::memory_order_acq_rel);
-  if (name.line.empty()) stop_waiting(name);
+  if (!name.line.empty()) return;
+  name.away_since = kForever;
+  stop_waiting(name);
 }
 
 void LockService::stop_waiting(Name& name) {

@@ -136,7 +136,8 @@ struct LockName final : TimerNode {
   bool remembered = false;         // the store knows this process as a waiter
   bool freed = false;              // it was freed while the first in line was asking
   int handovers = 0;
-  Nanos pause = 0;  // between two questions where the store cannot push
+  Nanos pause = 0;              // between two questions where the store cannot push
+  Nanos away_since = kForever;  // the store cannot be reached
 };
 
 // Gives a lock back and says whether it was held until then. Who leaves the body of a lock waits for the
@@ -244,6 +245,8 @@ class LockService {
   void refused(Name& name, LockAcquire* task);
   void won(Name& name, LockAcquire* task);
   void in_doubt(Name& name, LockAcquire* task, Status status);
+  [[nodiscard]] bool outlasts(const Name& name, const LockAcquire& task) const;
+  void away(Name& name, LockAcquire* task);
   void unwanted(LockAcquire* task);
   void time_is_up(LockAcquire* task);
   void leave_line(Name& name, LockAcquire* task);

@@ -131,13 +131,17 @@ void PgLockStore::deal_keeps(LockTrip& trip, const Rows& rows, Dealt& dealt) {
   for (LockItem* item : keeps) {
     item->op->reply = {};
     item->op->reply.outcome = Outcome::lost;
+    // It may have been this release, and somebody took the lock since.
+    if (item->doubtful_until >= 0 && item->op->verb != LockOp::Verb::renew)
+      item->op->reply.status = Status::make(
+          Code::in_doubt, "the answer was lost, and the lock is gone by now: by this release, or before it");
     dealt.done.push_back(item);
   }
   for (int row = 0; row < rows.rows(); ++row) {
     const auto at = static_cast<std::size_t>(rows.integer(row, 0) - 1);
     if (at >= keeps.size()) continue;
     LockOp& op = *keeps[at]->op;
-    op.reply.outcome = Outcome::held;
+    op.reply = {};
     if (op.verb == LockOp::Verb::renew) op.reply.remaining = op.ttl;
   }
 }

@@ -248,7 +248,9 @@ class PostgresServer(OwnsPort, ServerLog, _Databases):
 
         Without `pg_basebackup` among the programs the files are copied while this server is stopped.
         """
-        standby = PostgresServer(settings=self._settings, bin_dir=self.bin_dir)
+        # A promotion that comes while the standby looks for its primary may wait for the next look.
+        settings = {"wal_retrieve_retry_interval": "200ms", **self._settings}
+        standby = PostgresServer(settings=settings, bin_dir=self.bin_dir)
         data = standby._make_home() / "data"
         if (self.bin_dir / "pg_basebackup").exists():
             backup = ["-R", "-X", "stream", "-c", "fast", "-d", self.url()]
