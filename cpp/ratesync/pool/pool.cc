@@ -140,7 +140,12 @@ void Pool::connect_failed(NodeId id, Status status, Nanos now, Actions& out) {
   if (before == State::connecting || before == State::setting_up) {
     last_error_ = status.ok() ? Status::make(Code::unavailable, "connecting failed") : std::move(status);
     refused_ = is_refusal(last_error_.code);
-    failures_ = refused_ ? 0 : failures_ + 1;
+    // Attempts that ran side by side and failed together count once: a role with one connection, whose old
+    // session lives for a moment, refuses all of them.
+    if (refused_)
+      failures_ = 0;
+    else if (failures_ == 0 || now >= retry_at_)
+      ++failures_;
     back_off(now);
   }
   step(id, *node, Event::connect_failed, now, out);
@@ -282,7 +287,7 @@ void Pool::count_broken(const Node& node, Nanos now) {
 }
 
 void Pool::back_off(Nanos now) {
-  if (now < retry_at_) return;  // attempts that ran side by side and failed together count once
+  if (now < retry_at_) return;
   const int doublings = static_cast<int>(std::min<std::size_t>(backoff_level_ + 1, 20));
   const Nanos floor = options_.connect_backoff_min;
   const Nanos ceiling =

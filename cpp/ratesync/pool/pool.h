@@ -108,7 +108,8 @@ class Pool {
   void connected(NodeId node, Nanos now, Actions& out);
   void setup_done(NodeId node, Nanos now, Actions& out);
   // Status codes server, invalid and protocol mean that the other side answered: those waiting get
-  // this very status at once. All others mean unreachable and count towards fail_after.
+  // this very status at once. All others mean unreachable and count towards fail_after, those that failed
+  // side by side as one.
   void connect_failed(NodeId node, Status status, Nanos now, Actions& out);
   void broken(NodeId node, Nanos now, Actions& out);  // any state; a lent one is closed on return
   void closed(NodeId node, Nanos now, Actions& out);
