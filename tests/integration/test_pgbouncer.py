@@ -7,6 +7,7 @@ at the database directly, past the pooler.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import multiprocessing
 import os
 from collections.abc import Iterator
@@ -147,6 +148,10 @@ async def test_a_serializable_database_behind_the_pooler_keeps_the_limits(pooled
     )
     configure(pooled_url, max_concurrent=3)
     ratesync.configure_limiter("budget", "db", rate_per_second=0.0001, burst=10)
+    async with contextlib.AsyncExitStack() as held:
+        for _ in range(3):
+            await held.enter_async_context(ratesync.acquire("shared"))
+        assert not await ratesync.try_acquire("shared")
     inside = most = granted = 0
 
     async def worker() -> None:
@@ -161,7 +166,8 @@ async def test_a_serializable_database_behind_the_pooler_keeps_the_limits(pooled
             granted += got
 
     await asyncio.gather(*(worker() for _ in range(20)))
-    assert (most, granted) == (3, 10)
+    assert most <= 3
+    assert granted == 10
 
 
 async def test_waiters_behind_the_pooler_poll_and_doctor_says_listen_url(pooled_url):
