@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import secrets
 import time
 from collections.abc import Callable, Generator
@@ -47,6 +48,7 @@ MAX_FINGERPRINT = 1024  # characters
 MAX_REASON = 1000  # characters of a failure that is kept
 MAX_RESULT_BYTES = 64 * 2**20 - 2**16  # a value has 64 MiB at most, and the record says more than the result
 FIRST_PAUSE, LONGEST_PAUSE = 0.01, 0.5  # seconds between two tries to store a result
+OUTAGE = 60.0  # seconds without any answer that who waits puts up with, as with a lock
 RETRY_AFTER = 1.0  # seconds, for who does not wait
 
 log = logging.getLogger("ratesync")
@@ -212,17 +214,31 @@ class Idempotent:
         mine = {"state": "running", "owner": secrets.token_hex(8), "fingerprint": self._fingerprint}
         started = self._state.store._now()
         seen = 0
+        waited = False
+        asked = away_since = math.inf
         while True:
-            asked = self._state.store._now()
-            created, version, found = yield from self._create(mine)
-            if created:
+            asked = min(asked, self._state.store._now())
+            try:
+                created, version, found = yield from self._create(mine)
+            except StoreError as problem:
+                # Who waits keeps his place while the store is away; a first question is answered at once.
+                now = self._state.store._now()
+                away_since = min(away_since, now)
+                hopeful = waited and (problem.retryable or problem.in_doubt)
+                if not hopeful or now - started >= (self._wait or 0) or now - away_since >= OUTAGE:
+                    raise
+                yield _Sleep(LONGEST_PAUSE)
+                continue
+            record = mine if created else _record(found, self.key)
+            # Ours as well: it was created, and the answer lost.
+            if record.get("owner") == mine["owner"]:
                 operation = Operation(self, version, mine, done=False)
                 # The lease runs on the server since some moment after we asked.
                 age = self._state.store._now() - asked
                 operation._kept = self._state._keep(self.key, version, self._lease, KIND, age)
                 self._operation = operation
                 return operation
-            record = _record(found, self.key)
+            asked = away_since = math.inf
             self._compare(record)
             if record["state"] == "done":
                 return Operation(self, version, record, done=True)
@@ -233,6 +249,7 @@ class Idempotent:
             left = started + self._wait - self._state.store._now()
             if left <= 0:
                 raise OperationInProgressError(self.key, min(self._lease, RETRY_AFTER), self._wait)
+            waited = True
             seen = yield self._state._bell(self.key, KIND, seen, left)
 
     def _create(self, mine: dict[str, Any]) -> Generator[Pending[Any], Any, tuple[bool, int, Any]]:

@@ -12,6 +12,7 @@ import pytest
 from ratesync.cli import cli
 from ratesync.contrib.counters import _SUMMED
 from ratesync.contrib.fastapi import DEFAULT_TRUSTED_PROXY_NETWORKS
+from ratesync.testing import ManualClock
 
 DOCS = Path(__file__).parents[2] / "docs"
 GUIDE = DOCS / "guides" / "fastapi.md"
@@ -24,23 +25,26 @@ def first_block(page: Path, language: str) -> str:
 
 
 async def test_the_application_of_the_guide(ratesync_registry: Path) -> None:
-    module: dict[str, Any] = {"__name__": "guide"}
-    exec(compile(first_block(GUIDE, "python"), str(GUIDE), "exec"), module)
-    transport = httpx.ASGITransport(module["app"], client=("192.0.2.1", 1))
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-        answers = [await client.get("/items") for _ in range(21)]
-        assert [answer.status_code for answer in answers] == [200] * 20 + [429]
-        assert answers[0].headers["ratelimit-policy"] == '"per-address";q=20;w=4'
-        assert answers[0].headers["x-ratelimit-limit"] == "20"
-        printed = first_block(GUIDE, "json")
-        assert answers[-1].json() == __import__("json").loads(printed)
-        # /login shares the address's limit, which is used up; another address has its own.
-        assert (await client.post("/login", headers={"x-api-key": "k"})).status_code == 429
-        assert (await client.get("/report")).status_code == 200
-    transport = httpx.ASGITransport(module["app"], client=("192.0.2.2", 1))
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-        codes = [(await client.post("/login", headers={"x-api-key": "other"})).status_code for _ in range(11)]
-        assert codes == [200] * 10 + [429]
+    with ManualClock():  # nothing refills between the first request and the last
+        module: dict[str, Any] = {"__name__": "guide"}
+        exec(compile(first_block(GUIDE, "python"), str(GUIDE), "exec"), module)
+        transport = httpx.ASGITransport(module["app"], client=("192.0.2.1", 1))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            answers = [await client.get("/items") for _ in range(21)]
+            assert [answer.status_code for answer in answers] == [200] * 20 + [429]
+            assert answers[0].headers["ratelimit-policy"] == '"per-address";q=20;w=4'
+            assert answers[0].headers["x-ratelimit-limit"] == "20"
+            printed = first_block(GUIDE, "json")
+            assert answers[-1].json() == __import__("json").loads(printed)
+            # /login shares the address's limit, which is used up; another address has its own.
+            assert (await client.post("/login", headers={"x-api-key": "k"})).status_code == 429
+            assert (await client.get("/report")).status_code == 200
+        transport = httpx.ASGITransport(module["app"], client=("192.0.2.2", 1))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            codes = [
+                (await client.post("/login", headers={"x-api-key": "other"})).status_code for _ in range(11)
+            ]
+            assert codes == [200] * 10 + [429]
 
 
 def test_the_default_networks_are_those_of_the_reference() -> None:
