@@ -89,11 +89,19 @@ class _Databases:
     def drop_database(self, url: str) -> None:
         """Removes a database made by `create_database`, ending the connections to it."""
         name = urlsplit(url).path.lstrip("/")
-        execute(
-            self.url(),
-            f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'",
-            f'DROP DATABASE IF EXISTS "{name}"',
-        )
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                execute(
+                    self.url(),
+                    f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'",
+                    f'DROP DATABASE IF EXISTS "{name}"',
+                )
+                return
+            except Exception as error:
+                # Sessions live on for a moment after they were ended; the server waits 5 s for them.
+                if getattr(error, "sqlstate", None) != "55006" or time.monotonic() > deadline:
+                    raise
 
     def execute(self, *statements: str, database: str | None = None) -> list[Any]:
         """Runs statements as the superuser, each by itself; returns the rows of the last one."""
@@ -188,19 +196,20 @@ class PostgresServer(OwnsPort, ServerLog, _Databases):
             return self
         if self._home is None:
             self._initialize()
-        for attempt in range(20):
+        deadline, ports = time.monotonic() + 60, 0
+        while True:
             try:
                 self._launch()
                 return self
             except _StartFailure as failure:
                 # After kill(), the old shared memory goes away with the last orphaned process.
-                if "shared memory" in str(failure) and attempt < 19:
+                if "shared memory" in str(failure) and time.monotonic() < deadline:
                     time.sleep(0.1)
-                elif "Address already in use" in str(failure) and attempt < 5:
+                elif "Address already in use" in str(failure) and ports < 5:
+                    ports += 1
                     self._hold_port()
                 else:
                     raise RuntimeError(f"PostgreSQL did not start; its log:\n{failure}") from None
-        raise AssertionError("not reached")
 
     def stop(self, mode: Mode = "fast") -> None:
         """Stops the server: `smart` waits for the clients, `fast` disconnects them, `immediate` crashes."""
