@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from ratesync.testing.redis_topology import RedisCluster, RedisSentinel
 
 _SENTINEL = "running-test"
+# No test is to see a failover that it did not ask for, because a node had no turn on a busy machine.
+_PATIENCE_MS = 30_000
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -172,7 +174,7 @@ def ratesync_redis_url(
 def _ratesync_redis_cluster() -> Iterator[RedisCluster]:
     from ratesync.testing.redis_topology import RedisCluster
 
-    with RedisCluster(replicas=1) as cluster:
+    with RedisCluster(replicas=1, node_timeout_ms=_PATIENCE_MS) as cluster:
         yield cluster
 
 
@@ -191,7 +193,7 @@ def ratesync_redis_cluster(_ratesync_redis_cluster: RedisCluster) -> Iterator[Re
 def _ratesync_redis_sentinel() -> Iterator[RedisSentinel]:
     from ratesync.testing.redis_topology import RedisSentinel
 
-    with RedisSentinel() as group:
+    with RedisSentinel(down_after_ms=_PATIENCE_MS) as group:
         yield group
 
 

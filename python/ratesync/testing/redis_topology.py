@@ -27,6 +27,7 @@ __all__ = ["RedisCluster", "RedisSentinel"]
 
 SLOTS = 16384
 _AWAY = (OSError, RespError)
+_QUICK_MS = 3000
 
 
 class _Group:
@@ -85,7 +86,8 @@ class RedisCluster(_Group):
         password: of all nodes.
         tls: speak TLS only, also among the nodes; see `RedisServer.ca_file`.
         node_timeout_ms: a node that is silent for so long is taken for dead, on a busy machine also one that
-            lives: its replica takes over, and what was written last may be lost.
+            lives: its replica takes over, and what was written last may be lost. While the cluster starts,
+            fails over (`fail_over`) or heals it is 3 seconds at most.
         settings: further settings of each node.
 
     Attributes:
@@ -107,9 +109,10 @@ class RedisCluster(_Group):
     ) -> None:
         super().__init__(tls)
         self._replicas, self._password = replicas, password
+        self._node_timeout_ms = node_timeout_ms
         self._settings: dict[str, str | int] = {
             "cluster-enabled": "yes",
-            "cluster-node-timeout": node_timeout_ms,
+            "cluster-node-timeout": min(node_timeout_ms, _QUICK_MS),
             "cluster-replica-validity-factor": 0,  # a replica may always take over
             "repl-diskless-sync-delay": 0,
         }
@@ -139,6 +142,7 @@ class RedisCluster(_Group):
             self._wait("a replica learns of its primary", lambda: primary in self._nodes(server))  # noqa: B023
             server.call("CLUSTER", "REPLICATE", primary)
         self.wait_until_healthy()
+        self._take_for_dead_after(self._node_timeout_ms)
         return self
 
     def __enter__(self) -> RedisCluster:
@@ -219,7 +223,11 @@ class RedisCluster(_Group):
             }
             return len(owners) == 1 and primary.port not in owners
 
-        self._wait("a replica takes over", taken_over)
+        self._take_for_dead_after(min(self._node_timeout_ms, _QUICK_MS))
+        try:
+            self._wait("a replica takes over", taken_over)
+        finally:
+            self._take_for_dead_after(self._node_timeout_ms)
         return self.owner_of(min(slots))
 
     def heal(self) -> None:
@@ -227,7 +235,12 @@ class RedisCluster(_Group):
         for server in self.servers:
             server.resume()
             server.start()
+        with contextlib.suppress(*_AWAY):
+            if self._healthy():
+                return
+        self._take_for_dead_after(min(self._node_timeout_ms, _QUICK_MS))
         self.wait_until_healthy()
+        self._take_for_dead_after(self._node_timeout_ms)
 
     def clean(self) -> None:
         """Empties all primaries and forgets the scripts."""
@@ -236,7 +249,11 @@ class RedisCluster(_Group):
 
     def wait_until_healthy(self) -> None:
         """Returns when every node serves all slots, knows every other, and replicas are in step."""
+        self._wait("the cluster is healthy", self._healthy)
 
+    # Inside ---------------------------------------------------------------------------------------
+
+    def _healthy(self) -> bool:
         def healthy(server: RedisServer) -> bool:
             facts = dict(line.split(":", 1) for line in server.call("CLUSTER", "INFO").splitlines() if line)
             nodes = self._nodes(server)
@@ -249,9 +266,12 @@ class RedisCluster(_Group):
                 and server.info("replication").get("master_link_status", "up") == "up"
             )
 
-        self._wait("the cluster is healthy", lambda: all(map(healthy, self.servers)))
+        return all(map(healthy, self.servers))
 
-    # Inside ---------------------------------------------------------------------------------------
+    def _take_for_dead_after(self, ms: int) -> None:
+        for server in self._living():
+            with contextlib.suppress(*_AWAY):
+                server.call("CONFIG", "SET", "cluster-node-timeout", ms)
 
     def _nodes(self, server: RedisServer) -> str:
         return str(server.call("CLUSTER", "NODES"))
@@ -341,7 +361,8 @@ class RedisSentinel(_Group):
         password: of the two servers.
         sentinel_password: of the Sentinels themselves.
         tls: speak TLS only, all of them; see `RedisServer.ca_file`.
-        down_after_ms: a server that is silent for so long is taken for dead, see `RedisCluster`.
+        down_after_ms: a server that is silent for so long is taken for dead, see `RedisCluster`. From
+            `kill_primary`, or the beginning of `wait_for_failover`, to its end it is 3 seconds at most.
 
     Attributes:
         servers: the two servers, then the Sentinels; `nodes` and `sentinels` are its two parts.
@@ -435,6 +456,7 @@ class RedisSentinel(_Group):
         """SIGKILL to the primary; returns it."""
         self._killed = self.primary
         self._killed.kill()
+        self._take_for_dead_after(min(self._down_after_ms, _QUICK_MS))
         return self._killed
 
     def wait_for_failover(self, since: RedisServer | None = None) -> RedisServer:
@@ -451,7 +473,11 @@ class RedisSentinel(_Group):
             primary = self.primary
             return primary is not old and primary.call("ROLE")[0] == "master"
 
-        self._wait("the Sentinels fail over", done)
+        self._take_for_dead_after(min(self._down_after_ms, _QUICK_MS))
+        try:
+            self._wait("the Sentinels fail over", done)
+        finally:
+            self._take_for_dead_after(self._down_after_ms)
         return self.primary
 
     def heal(self) -> None:
@@ -492,6 +518,11 @@ class RedisSentinel(_Group):
         self.replica.call("SCRIPT", "FLUSH")
 
     # Inside ---------------------------------------------------------------------------------------
+
+    def _take_for_dead_after(self, ms: int) -> None:
+        for sentinel in self.sentinels:
+            with contextlib.suppress(*_AWAY):
+                sentinel.call("SENTINEL", "SET", self.name, "down-after-milliseconds", ms)
 
     def _wait_in_step(self) -> None:
         self._wait("the replica is in step", self._in_step)
