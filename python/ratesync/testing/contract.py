@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import sys
 from collections.abc import Awaitable, Callable, Iterator
@@ -20,10 +21,11 @@ import pytest
 import ratesync
 from ratesync import ConfigValidationError, Pending, RateLimiter, Store
 
-__all__ = ["SLOW", "Caller", "Contract", "MakeLimiter", "StoreContract", "eventually", "refused"]
+__all__ = ["PATIENCE", "SLOW", "Caller", "Contract", "MakeLimiter", "StoreContract", "eventually", "refused"]
 
 T = TypeVar("T")
 SLOW = 0.01  # units per second: the next one comes after 100 s, that is never
+PATIENCE = 60.0  # seconds to wait for what has to come, on a machine that may stand still for some of them
 MakeLimiter = Callable[..., RateLimiter]
 
 
@@ -92,7 +94,7 @@ def refused(argument: str) -> Iterator[None]:
         assert isinstance(error, ValueError)
 
 
-async def eventually(condition: Callable[[], Awaitable[bool]], seconds: float = 60.0) -> None:
+async def eventually(condition: Callable[[], Awaitable[bool]], seconds: float = PATIENCE) -> None:
     """For effects that a store learns a moment later: a release, a refund."""
     async with asyncio.timeout(seconds):
         while not await condition():
@@ -108,8 +110,13 @@ class StoreContract:
         raise NotImplementedError
 
     @pytest.fixture
-    def store(self, ratesync_registry: Path, store_options: dict[str, Any]) -> Store:
-        """The store under test, configured as "contract", and connected."""
+    def store(
+        self, ratesync_registry: Path, store_options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> Store:
+        """The store under test, configured as "contract", and connected. Calls have time for its answers."""
+        for name in ("state", "idempotent"):
+            patient = functools.partialmethod(getattr(Store, name), timeout=PATIENCE)
+            monkeypatch.setattr(Store, name, patient)
         ratesync.configure_store("contract", **store_options)
         store = ratesync.get_store("contract")
         store.state().initialize().wait()

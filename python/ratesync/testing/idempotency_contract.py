@@ -14,6 +14,7 @@ import asyncio
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ from ratesync import (
     OperationInProgressError,
     Store,
 )
-from ratesync.testing.contract import Caller, StoreContract, eventually, refused
+from ratesync.testing.contract import PATIENCE, Caller, StoreContract, eventually, refused
 from ratesync.testing.state_name_contract import HOSTILE, REFUSED
 
 __all__ = ["IdempotencyContract"]
@@ -79,7 +80,7 @@ class IdempotencyContract(StoreContract):
 
     def test_the_result_is_kept_for_its_ttl(self, store: Store, call: Caller) -> None:
         assert self.run(store, call, "key", 1, ttl=0.05) == (False, 1)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE
         while (ran := self.run(store, call, "key", 2, ttl=300))[0]:
             assert ran[1] == 1
             assert time.monotonic() < deadline
@@ -143,7 +144,7 @@ class IdempotencyContract(StoreContract):
         ran: list[int] = []
 
         async def charge(number: int) -> Any:
-            async with store.idempotent("key", wait=30) as op:
+            async with store.idempotent("key", wait=PATIENCE) as op:
                 if not op.done:
                     ran.append(number)
                     await asyncio.sleep(0.05)
@@ -160,7 +161,7 @@ class IdempotencyContract(StoreContract):
 
         def charge(number: int) -> Any:
             barrier.wait()
-            with store.idempotent("key", wait=30) as op:
+            with store.idempotent("key", wait=PATIENCE) as op:
                 if not op.done:
                     ran.append(number)
                     time.sleep(0.05)
@@ -203,7 +204,7 @@ class IdempotencyContract(StoreContract):
                 raise ZeroDivisionError
 
         async def charge() -> bool:
-            async with store.idempotent("key", wait=30) as op:
+            async with store.idempotent("key", wait=PATIENCE) as op:
                 return op.done
 
         entered = asyncio.Event()
@@ -293,8 +294,17 @@ class IdempotencyContract(StoreContract):
         assert self.run(store, call, "key", None) == (True, "successor")
 
     def test_the_lease_is_renewed_while_the_body_is_busy(self, store: Store, call: Caller) -> None:
-        with call.holding(store.idempotent("key", lease=4.0)) as op:
-            time.sleep(5)  # a machine may stand still for two seconds before the first renewal
+        def ends() -> datetime:
+            found = call(store.state(kind="idempotency").get_versioned("key"))
+            assert found is not None
+            assert found.expires_at is not None
+            return found.expires_at
+
+        # Renewed after four seconds: a machine may stand still for twice as long.
+        with call.holding(store.idempotent("key", lease=12.0)) as op:
+            begun = ends()
+            while ends() <= begun:
+                time.sleep(0.05)
             with pytest.raises(OperationInProgressError):
                 self.run(store, call, "key", "rival")
             assert op.lost is False

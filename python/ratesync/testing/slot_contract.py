@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from ratesync.testing.contract import SLOW, Caller, Contract, MakeLimiter, eventually
+from ratesync.testing.contract import PATIENCE, SLOW, Caller, Contract, MakeLimiter, eventually
 
 __all__ = ["SlotContract"]
 
@@ -29,14 +29,14 @@ class SlotContract(Contract):
             assert not call(limiter.try_acquire())
             assert call(limiter.peek()).in_use == 2
             assert call(limiter.release())
-            assert call(limiter.try_acquire(timeout=5.0))
+            assert call(limiter.try_acquire(timeout=PATIENCE))
             assert not call(limiter.try_acquire())
 
     def test_a_body_that_raises_gives_its_slot_back(self, limit: MakeLimiter, call: Caller) -> None:
         limiter = limit(max_concurrent=1)
         with pytest.raises(ZeroDivisionError), call.holding(limiter.acquire_context()):
             raise ZeroDivisionError
-        assert call(limiter.try_acquire(timeout=5.0))
+        assert call(limiter.try_acquire(timeout=PATIENCE))
 
     def test_a_stray_release_frees_nothing(self, limit: MakeLimiter, call: Caller) -> None:
         limiter = limit(max_concurrent=1)
@@ -68,7 +68,7 @@ class SlotContract(Contract):
         most: list[int] = []
 
         def work() -> None:
-            with limiter.acquire_context(timeout=30.0):
+            with limiter.acquire_context(timeout=PATIENCE):
                 with lock:
                     inside.append(1)
                     most.append(len(inside))
@@ -103,7 +103,7 @@ class SlotContract(Contract):
         permit = await limiter.acquire_context()
         assert not await limiter.try_acquire()
         permit.release()
-        assert await limiter.try_acquire(timeout=5.0)
+        assert await limiter.try_acquire(timeout=PATIENCE)
 
     async def test_a_forgotten_permit_warns_and_gives_its_slot_back(self, limit: MakeLimiter) -> None:
         limiter = limit(max_concurrent=1)
@@ -112,7 +112,7 @@ class SlotContract(Contract):
         with pytest.warns(ResourceWarning):  # noqa: PT031 - dropping it is the call
             del permit
             gc.collect()
-        assert await limiter.try_acquire(timeout=5.0)
+        assert await limiter.try_acquire(timeout=PATIENCE)
 
     def test_a_full_limit_refuses_when_the_timeout_runs_out(self, limit: MakeLimiter, call: Caller) -> None:
         limiter = limit(max_concurrent=1)
@@ -129,7 +129,8 @@ class SlotContract(Contract):
             for _ in range(3):
                 assert not call(limiter.try_acquire())
             assert call(limiter.peek()).current_usage == 1
-        assert [call(limiter.try_acquire(timeout=5.0)) and call(limiter.release()) for _ in range(5)] == [
+        # Less than what the next unit takes.
+        assert [call(limiter.try_acquire(timeout=30.0)) and call(limiter.release()) for _ in range(5)] == [
             True
         ] * 4 + [False]
 
@@ -149,7 +150,7 @@ class SlotContract(Contract):
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        assert await limiter.try_acquire(timeout=5.0)
+        assert await limiter.try_acquire(timeout=PATIENCE)
         assert (await limiter.peek()).in_use == 1
 
     async def test_cancelling_at_any_moment_leaves_nothing(self, limit: MakeLimiter) -> None:

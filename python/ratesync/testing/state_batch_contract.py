@@ -20,7 +20,7 @@ from ratesync import (
     Store,
     ops,
 )
-from ratesync.testing.contract import Caller
+from ratesync.testing.contract import PATIENCE, Caller
 from ratesync.testing.state_name_contract import HOSTILE
 from ratesync.testing.state_value_contract import LARGEST, StateSuite
 
@@ -183,7 +183,7 @@ class StateTimeoutContract(StateSuite):
     def claimed(state: State, count: int = 1, **options: Any) -> list[Due]:
         """Claims until so many are there; what is due comes when the store's clock says so."""
         found: list[Due] = []
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE
         while len(found) < count:
             assert time.monotonic() < deadline, f"only {found} fell due"
             found += state.claim_due(**options).wait()

@@ -10,7 +10,7 @@ import pytest
 
 from ratesync import StaleVersionError, State, ops
 from ratesync.ops import KEEP
-from ratesync.testing.contract import Caller
+from ratesync.testing.contract import PATIENCE, Caller
 from ratesync.testing.state_value_contract import StateSuite
 
 __all__ = ["StateExpiryContract"]
@@ -24,7 +24,7 @@ class StateExpiryContract(StateSuite):
     @staticmethod
     def gone(state: State, *keys: str, kind: str | None = None) -> None:
         """Waits until the keys have expired by the store's clock."""
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE
         while any(state.get_versioned(key, kind=kind).wait() for key in keys):
             assert time.monotonic() < deadline, "never expired"
             time.sleep(0.005)
@@ -151,7 +151,7 @@ class StateExpiryContract(StateSuite):
 
         def swap_for_ever() -> None:
             nonlocal version
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + PATIENCE
             while time.monotonic() < deadline:
                 version = call(state.compare_and_swap("k", expected=version, value=version))
 

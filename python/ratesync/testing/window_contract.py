@@ -17,7 +17,7 @@ import pytest
 
 import ratesync
 from ratesync import AcquireTimeoutError, ConfigValidationError
-from ratesync.testing.contract import Caller, Contract, MakeLimiter, eventually
+from ratesync.testing.contract import PATIENCE, Caller, Contract, MakeLimiter, eventually
 
 __all__ = ["WindowContract"]
 
@@ -178,9 +178,9 @@ class WindowContract(Contract):
                 assert not call(limiter.try_acquire())
             seen = call(limiter.peek())
             assert (seen.current_usage, seen.in_use, seen.remaining) == (1, 1, 0)
-        assert [call(limiter.try_acquire(timeout=5.0)) and call(limiter.release()) for _ in range(5)] == [
-            True
-        ] * 4 + [False]
+        assert [
+            call(limiter.try_acquire(timeout=PATIENCE)) and call(limiter.release()) for _ in range(5)
+        ] == [True] * 4 + [False]
 
     def test_a_refusal_for_the_window_takes_no_slot(self, window: MakeLimiter, call: Caller) -> None:
         limiter = window(1, max_concurrent=2)
