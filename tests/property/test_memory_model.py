@@ -306,7 +306,7 @@ class MemoryAgainstModel(RuleBasedStateMachine):
 
     def run(self, pending: Any) -> Any:
         async def wait() -> Any:
-            return await asyncio.wait_for(pending, 10)
+            return await asyncio.wait_for(pending, 60)
 
         return self.loop.run_until_complete(wait())
 

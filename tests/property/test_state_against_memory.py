@@ -76,7 +76,7 @@ class Side:
     """One store: its versions, claims and moments are replaced by what two stores must have in common."""
 
     def __init__(self, store: str, tenant: str) -> None:
-        self.state = ratesync.get_store(store).state(tenant=tenant)
+        self.state = ratesync.get_store(store).state(tenant=tenant, timeout=60)
         self.versions: dict[tuple[str, str | None], list[int]] = {}
         self.claims: dict[tuple[str, str], int] = {}
         self.moments: list[datetime] = []
@@ -140,7 +140,7 @@ class Side:
             case ("expire", key, kind):
                 if not await self.state.touch(key, 0.001, kind=kind):
                     return "absent"
-                async with asyncio.timeout(20):
+                async with asyncio.timeout(60):
                     while await self.state.get_versioned(key, kind=kind):
                         await asyncio.sleep(0.001)
                 return "expired"
@@ -208,14 +208,14 @@ def redis(url: str, steps: Sequence[Any]) -> None:
     asyncio.run(main())
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(480)
 @HISTORIES
 @given(st.lists(STEPS, max_size=25))
 def test_postgres_carries_state_as_memory_does(ratesync_postgres_url, steps):
     postgres(ratesync_postgres_url, steps)
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(480)
 @HISTORIES
 @given(st.lists(STEPS, max_size=25))
 def test_redis_carries_state_as_memory_does(ratesync_redis_url, steps):

@@ -146,9 +146,9 @@ async def call_at_random(
 
 def _in_process(options: dict[str, Any], number: int, seed: int, tasks: int, rounds: int) -> list[Call]:
     ratesync.configure_store("db", **options)
-    state = ratesync.get_store("db").state(kind="linear")
+    state = ratesync.get_store("db").state(kind="linear", timeout=60)
     state.initialize().wait()
-    _barrier.wait(60)
+    _barrier.wait(120)
     try:
         return asyncio.run(call_at_random(state, tasks, rounds, 3, (seed, number)))
     finally:
@@ -180,7 +180,7 @@ def options(request: pytest.FixtureRequest, ratesync_registry: object) -> dict[s
 @pytest.fixture
 def state(options: dict[str, Any]) -> ratesync.State:
     ratesync.configure_store("db", **options)
-    return ratesync.get_store("db").state(kind="linear")
+    return ratesync.get_store("db").state(kind="linear", timeout=60)
 
 
 @pytest.fixture
@@ -238,7 +238,7 @@ async def test_tasks_whose_connections_are_cut(options, seed):
     parts = urlsplit(options["url"])
     with TcpProxy(parts.hostname or "127.0.0.1", parts.port) as proxy:
         ratesync.configure_store("db", **(options | {"url": proxy.through(options["url"])}))
-        state = ratesync.get_store("db").state(kind="linear", timeout=20)
+        state = ratesync.get_store("db").state(kind="linear", timeout=60)
         await state.get("warm")
         calling = asyncio.create_task(call_at_random(state, 8, 150, 6, seed))
         cuts = 0
