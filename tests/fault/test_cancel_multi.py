@@ -232,7 +232,7 @@ def test_a_plain_thread_waits_and_is_woken(ratesync_registry: object) -> None:
         thread = threading.Thread(target=wait)
         thread.start()
         assert not entered.wait(0.05)
-    assert entered.wait(10)
+    assert entered.wait(60)
     thread.join()
 
 

@@ -28,7 +28,7 @@ configure_limiter("rate", "memory", rate_per_second=1000.0)
 def in_use():
     return get_limiter("slots")._peek(None).wait()["in_use"]
 
-def in_child(f, seconds=5.0, exit=os._exit):
+def in_child(f, seconds=60.0, exit=os._exit):
     sys.stdout.flush()
     pid = os.fork()
     if pid == 0:
@@ -58,7 +58,7 @@ def take_both_and_be_refused():
 """
 
 
-def run(script: str, *, expect: int = 0, seconds: float = 60, stdout: str = "done\n") -> None:
+def run(script: str, *, expect: int = 0, seconds: float = 150, stdout: str = "done\n") -> None:
     ended = subprocess.run(
         [sys.executable, "-c", PRELUDE + textwrap.dedent(script) + "\nprint('done', flush=True)\n"],
         capture_output=True,
@@ -180,14 +180,14 @@ def test_fork_with_tasks_waiting_and_from_inside_the_loop() -> None:
                 await asyncio.sleep(0.01)
 
         async def many():
-            await asyncio.wait_for(asyncio.gather(*(body() for _ in range(20))), 10)
+            await asyncio.wait_for(asyncio.gather(*(body() for _ in range(20))), 60)
 
         async def main():
             tasks = [asyncio.create_task(body()) for _ in range(20)]
             await asyncio.sleep(0.005)
             in_child(lambda: asyncio.run(many()))
             in_child(take_both_and_be_refused)
-            await asyncio.wait_for(asyncio.gather(*tasks), 10)
+            await asyncio.wait_for(asyncio.gather(*tasks), 60)
         asyncio.run(main())
         assert in_use() == 0
     """)
@@ -255,18 +255,18 @@ def test_multiprocessing(method: str, tmp_path) -> None:
             with acquire("slots"):
                 context = multiprocessing.get_context({method!r})
                 with ProcessPoolExecutor(2, mp_context=context) as pool:
-                    assert os.getpid() not in set(pool.map(work, range(8), timeout=30))
+                    assert os.getpid() not in set(pool.map(work, range(8), timeout=60))
                 with context.Pool(2) as pool:
-                    pool.map_async(work, range(8)).get(30)
+                    pool.map_async(work, range(8)).get(60)
                 process = context.Process(target=take_both_and_be_refused)
-                process.start(); process.join(20)
+                process.start(); process.join(60)
                 assert process.exitcode == 0
                 assert in_use() == 1
             print("done")
     """)
     )
     ended = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=170, check=False
     )
     assert (ended.returncode, ended.stdout) == (0, "done\n"), ended.stderr
 
@@ -312,7 +312,8 @@ def test_a_limiter_without_a_name_renews_itself_in_the_child() -> None:
 def test_children_of_a_preloading_server_share_a_limit_in_the_database(ratesync_postgres_url: str) -> None:
     run(f"""
         url = {ratesync_postgres_url!r}
-        limiter = ratesync.PostgresRateLimiter(url, "api", rate_per_second=0.001, burst=3, auto_create=True)
+        options = {{"auto_create": True, "fail_closed": True, "outage_budget": 30.0}}
+        limiter = ratesync.PostgresRateLimiter(url, "api", rate_per_second=0.001, burst=3, **options)
         assert limiter.try_acquire().wait()
 
         @ratesync.rate_limited(limiter, timeout=0, mode="try")
@@ -336,21 +337,23 @@ def test_a_store_of_a_preloading_server_gives_locks_and_state_in_its_children(
     run(f"""
         ratesync.configure_store("db", "postgres", url={ratesync_postgres_url!r}, auto_create=True)
         store = ratesync.get_store("db")
-        held = store.try_lock("parents").wait()
+        held = store.lock("parents").acquire(timeout=60).wait()
         assert held is not None
 
         def child():
+            with store.lock("first", timeout=60):
+                pass  # connected
             assert store.try_lock("parents").wait() is None
-            with store.lock("childs", timeout=5) as lease:
+            with store.lock("childs", timeout=60) as lease:
                 assert [row["name"] for row in store.locks().wait()] == ["childs", "parents"]
-            store.state().increment("children").wait()
-            with store.idempotent("once") as op:
+            store.state(timeout=60).increment("children").wait()
+            with store.idempotent("once", timeout=60) as op:
                 if not op.done:
                     op.result = os.getpid()
             assert not store.break_lock("childs").wait()
 
         in_child(child)
         in_child(child)
-        assert store.state().get("children").wait() == 2
+        assert store.state(timeout=60).get("children").wait() == 2
         assert held.release().wait()
     """)

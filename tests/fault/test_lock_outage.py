@@ -22,7 +22,8 @@ class Remote:
 
     def __init__(self, url: str, proxied: str) -> None:
         self.engines = [Engine(), Engine()]
-        options = {"auto_create": True, "connect_timeout": 10.0}
+        # So that whatever waits for a silent server waits for long.
+        options = {"auto_create": True, "connect_timeout": 10.0, "command_timeout": 60.0}
         self.direct = self.engines[0].add_store("direct", "postgres", {"url": url, **options})
         self.proxied = self.engines[1].add_store("proxied", "postgres", {"url": proxied, **options})
 
@@ -91,10 +92,13 @@ async def test_released_in_one_process_it_is_had_in_the_other(remote: Remote) ->
 async def test_a_lease_is_kept_while_python_is_busy_and_lost_when_the_server_is_gone(
     remote: Remote, ratesync_proxy
 ) -> None:
-    lease = await remote.lock(remote.proxied, ttl=1.5).acquire()
-    end = asyncio.get_running_loop().time() + 4
-    while asyncio.get_running_loop().time() < end:
+    lease = await remote.lock(remote.proxied, ttl=9).acquire()
+    async with remote.lock(remote.direct, "b"):
+        pass  # connected
+    before, now = 9.0, lease.remaining
+    while lease.held and now <= before:  # until it was renewed
         sum(range(10_000))  # no turn of the loop
+        before, now = now, lease.remaining
     assert lease.held
     assert await remote.lock(remote.direct).acquire(timeout=0) is None
     signal = asyncio.ensure_future(lease.lost_signal())
@@ -132,10 +136,10 @@ async def test_leaving_a_body_does_not_wait_long_for_a_silent_server(remote: Rem
     async with remote.lock(remote.proxied):
         pass
     clock = asyncio.get_running_loop().time
-    async with remote.lock(remote.proxied, ttl=30) as lease:
+    async with remote.lock(remote.proxied, ttl=300) as lease:
         ratesync_proxy.stall("replies")
         left = clock()
-    assert clock() - left < 5, "it waited for a server that does not answer"
+    assert clock() - left < 20, "it waited for a server that does not answer"
     assert not lease.held
     assert not lease.lost
     # The release had been sent; its answer is all that is missing.
@@ -149,10 +153,20 @@ async def test_leaving_a_body_does_not_wait_long_for_a_silent_server(remote: Rem
 async def test_leaving_a_body_tells_what_a_slow_server_says(remote: Remote, ratesync_proxy) -> None:
     async with remote.lock(remote.proxied):
         pass
-    with pytest.raises(LockLostError):
-        async with remote.lock(remote.proxied, ttl=30) as lease:
-            assert await remote.direct.break_lock("acteon_", "default", "default", "a", lease.token)
-            ratesync_proxy.delay(0.3, "replies")
+    clock = asyncio.get_running_loop().time
+    for _ in range(10):
+        try:
+            async with remote.lock(remote.proxied, ttl=30) as lease:
+                assert await remote.direct.break_lock("acteon_", "default", "default", "a", lease.token)
+                ratesync_proxy.delay(0.3, "replies")
+                left = clock()
+        except LockLostError:
+            break
+        # It took so long that nobody waits for what it says.
+        assert clock() - left > 0.9
+        ratesync_proxy.resume()
+    else:
+        pytest.fail("nobody was told")
 
 
 def test_a_thread_does_not_wait_long_for_a_silent_server_either(
@@ -162,16 +176,17 @@ def test_a_thread_does_not_wait_long_for_a_silent_server_either(
     options = {
         "auto_create": True,
         "connect_timeout": 10.0,
+        "command_timeout": 60.0,
         "url": ratesync_proxy.through(ratesync_postgres_url),
     }
     store = engine.add_store("proxied", "postgres", options)
-    lock = Lock(store, "acteon_", "default", "default", "a", ttl=30)
+    lock = Lock(store, "acteon_", "default", "default", "a", ttl=300)
     with lock:
         pass
     with lock:
         ratesync_proxy.stall()
         left = time.monotonic()
-    assert time.monotonic() - left < 5
+    assert time.monotonic() - left < 20
     ratesync_proxy.resume()
     with lock:  # given back meanwhile
         pass

@@ -17,14 +17,15 @@ import ratesync
 from ratesync import acquire, get_limiter, try_acquire
 
 ratesync.configure_store("r", "redis", url=sys.argv[1])
-ratesync.configure_limiter("slots", "r", max_concurrent=2, fail_closed=True, lease_seconds=20.0)
-ratesync.configure_limiter("rate", "r", rate_per_second=0.001, burst=3, fail_closed=True)
+patient = {"fail_closed": True, "outage_budget": 30.0}
+ratesync.configure_limiter("slots", "r", max_concurrent=2, lease_seconds=20.0, **patient)
+ratesync.configure_limiter("rate", "r", rate_per_second=0.001, burst=3, **patient)
 
 def in_use():
     return get_limiter("slots").peek().wait().in_use
 
 def child(leave):
-    with acquire("slots", timeout=5):
+    with acquire("slots", timeout=60):
         assert in_use() == 2, in_use()
         assert not try_acquire("slots").wait()
     assert try_acquire("rate").wait()
@@ -32,7 +33,7 @@ def child(leave):
     gc.collect()
     leave(0)
 
-permit = acquire("slots", timeout=5)
+permit = acquire("slots", timeout=60)
 permit.__enter__()
 assert try_acquire("rate").wait()
 for leave in (os._exit, sys.exit):  # the second with all of Python's own ends
@@ -53,7 +54,7 @@ for leave in (os._exit, sys.exit):  # the second with all of Python's own ends
 assert not try_acquire("rate").wait()  # the children counted
 assert not permit.lost
 permit.release()
-with acquire("slots", timeout=5), acquire("slots", timeout=5):
+with acquire("slots", timeout=60), acquire("slots", timeout=60):
     pass
 print("done", flush=True)
 """
