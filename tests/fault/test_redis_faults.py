@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import time
 from collections.abc import Iterator
 
@@ -11,6 +12,7 @@ import pytest
 
 import ratesync
 from ratesync.testing import RedisServer, TcpProxy
+from ratesync.testing._resp import RespConnection, RespError
 
 BUDGET = 0.3
 # A call may cost its budget, and what a machine adds that stands still meanwhile. Waiting for the socket
@@ -74,6 +76,19 @@ async def recovers(within: float = 60.0) -> None:
             if ratesync.get_limiter("api").get_metrics().passed_open == before:
                 return
             await asyncio.sleep(0.02)
+
+
+async def refuses(reason: str) -> None:
+    """Calls are refused, and one of them is told why; where the machine stands still, nobody knows."""
+    why = ""
+    async with asyncio.timeout(60):
+        while re.search(reason, why) is None:
+            start = time.monotonic()
+            with pytest.raises(ratesync.RateLimiterAcquisitionError) as caught:
+                await timed_acquire()
+            assert time.monotonic() - start < AT_MOST
+            why = str(caught.value)
+            assert "wr0ng-one" not in why
 
 
 async def slots_come_free(within: float = 60.0) -> None:
@@ -143,7 +158,7 @@ async def test_slots_held_over_a_restart_count_again(server):
                 holders += 1
         assert (await ratesync.get_limiter("api").peek()).in_use <= 2
         for _ in range(holders):
-            ratesync.get_limiter("api").release()
+            await ratesync.get_limiter("api").release()
     await slots_come_free()
     await recovers()
 
@@ -232,11 +247,8 @@ async def test_connections_cut_under_load_heal_the_slot_count(server):
 
 async def test_a_wrong_password_is_named_without_showing_it_and_can_be_put_right():
     with RedisServer(password="right-one") as server:
-        configure(server.url_for(password="wr0ng-one"), fail_closed=True, budget=2.0)
-        with pytest.raises(ratesync.RateLimiterAcquisitionError) as caught:
-            await timed_acquire()
-        assert "password" in str(caught.value)
-        assert "wr0ng-one" not in str(caught.value)
+        configure(server.url_for(password="wr0ng-one"), fail_closed=True)
+        await refuses("password")
         server.call("CONFIG", "SET", "requirepass", "wr0ng-one")
         await recovers()
         ratesync.shutdown()
@@ -245,13 +257,18 @@ async def test_a_wrong_password_is_named_without_showing_it_and_can_be_put_right
 async def test_a_server_without_room_for_another_client_is_used_when_it_has(server):
     server.call("CONFIG", "SET", "maxclients", 4)
     with contextlib.ExitStack() as stack:
-        crowd = [stack.enter_context(server.connect()) for _ in range(4)]
-        configure(server.url, fail_closed=True, budget=2.0)
-        start = time.monotonic()
+        crowd: list[RespConnection] = []
+        async with asyncio.timeout(60):
+            while len(crowd) < 4:  # those of before may be there for a moment
+                client = stack.enter_context(server.connect())
+                try:
+                    client.call("PING")
+                    crowd.append(client)
+                except (OSError, RespError):
+                    await asyncio.sleep(0.01)
+        configure(server.url, fail_closed=True)
         # Whether the server's reason arrives before its reset is TCP's choice.
-        with pytest.raises(ratesync.RateLimiterAcquisitionError, match=r"max number of clients|closed|reset"):
-            await timed_acquire()
-        assert time.monotonic() - start < AT_MOST
+        await refuses("max number of clients|closed|reset")
         crowd[0].call("CONFIG", "SET", "maxclients", 100)
     await recovers()
 
@@ -269,13 +286,10 @@ async def test_a_server_that_becomes_a_replica_and_a_primary_again(server, fail_
 
 
 async def test_a_server_out_of_memory_refuses_and_recovers(server):
-    configure(server.url, fail_closed=True, budget=2.0)
+    configure(server.url, fail_closed=True)
     await recovers()
     server.call("CONFIG", "SET", "maxmemory", 1)
-    start = time.monotonic()
-    with pytest.raises(ratesync.RateLimiterAcquisitionError, match="maxmemory"):
-        await timed_acquire()
-    assert time.monotonic() - start < AT_MOST
+    await refuses("maxmemory")
     server.call("CONFIG", "SET", "maxmemory", 0)
     await recovers()
 
