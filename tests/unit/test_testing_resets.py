@@ -69,6 +69,14 @@ def test_the_clock_stands_still_until_it_is_moved() -> None:
         assert clock.now == pytest.approx(begin + 1.0)
 
 
+def test_the_clock_is_moved_by_whole_milliseconds_exactly() -> None:
+    with ManualClock() as clock:
+        start = clock.now
+        for milliseconds in [64_999, 1, 7, 1_001, 299_999]:
+            clock.advance(milliseconds / 1000)
+        assert clock.now == start + 366.007
+
+
 async def test_running_the_clock_lets_woken_tasks_run() -> None:
     ratesync.configure_limiter("api", rate_per_second=1 / 60)
     with ManualClock() as clock:

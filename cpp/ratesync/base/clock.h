@@ -18,6 +18,11 @@ inline constexpr Nanos kSecond = 1'000'000'000;
 // A deadline that never comes / a wait without bound.
 inline constexpr Nanos kForever = std::numeric_limits<Nanos>::max();
 
+// Rounded: 64.999 times a thousand million is a little less than it should be. From 0 to some 290 years.
+constexpr Nanos from_seconds(double seconds) {
+  return static_cast<Nanos>(seconds * static_cast<double>(kSecond) + 0.5);
+}
+
 class Clock {
  public:
   static constexpr Nanos kManualStart = 1'000 * kSecond;

@@ -145,7 +145,7 @@ bool seconds(PyObject* value, const char* what, double min, double max, Nanos* o
   if (!(number >= min && number <= max))
     return raise_invalid("not a number of seconds in range", what,
                          (std::to_string(min) + " to " + std::to_string(max)).c_str(), value);
-  *out = static_cast<Nanos>(number * 1e9);
+  *out = from_seconds(number);
   return true;
 }
 

@@ -105,7 +105,7 @@ Nanos parse_timeout(PyObject* value, Nanos when_none, bool* ok) {
     return 0;
   }
   if (seconds >= 9e9) return kForever;
-  return static_cast<Nanos>(seconds * 1e9);
+  return from_seconds(seconds);
 }
 
 PyObject* make_permit(LimiterObject* limiter, PyObject* const* args, Py_ssize_t nargs, PyObject* kwnames,

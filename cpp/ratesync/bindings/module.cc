@@ -187,7 +187,7 @@ void bind_engine(py::module_& module) {
               throw py::value_error("advance() needs an engine with manual_clock=True");
             if (!(seconds >= 0)) throw py::value_error("time only goes forward");
             const py::gil_scoped_release release;
-            self.engine->advance(static_cast<Nanos>(seconds * 1e9));
+            self.engine->advance(from_seconds(seconds));
           },
           "seconds"_a)
       .def(

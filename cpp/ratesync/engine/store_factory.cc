@@ -43,7 +43,7 @@ class Reader {
       else if (!take(o, value))
         return false;
       if (!(value > 0 && value <= 86'400)) return false;
-      into = static_cast<Nanos>(value * 1e9);
+      into = from_seconds(value);
       return true;
     });
   }
