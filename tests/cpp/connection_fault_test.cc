@@ -123,13 +123,13 @@ TEST_F(ConnectionFaultTest, AServerThatHangsWhileConnectingCostsTheConnectTimeou
 TEST_F(ConnectionFaultTest, AServerThatHangsInAPipelineCostsTheCommandTimeoutAndIsInDoubt) {
   TcpProxy proxy(io_, static_cast<std::uint16_t>(real_port()));
   ConnectionOptions options;
-  options.command_timeout = 600 * kMilli;
+  options.command_timeout = 3 * kSecond;  // until then the server answers, also on a busy machine
   auto c = connected(options, with_port(url(), proxy.port()));
   EXPECT_EQ(one(*c, "SELECT 1"), "1");
   proxy.stall();
   const PipelineResult r = run(*c, "SELECT 1");
   EXPECT_EQ(r.status.code, Code::in_doubt);
-  has(r.status, "no answer within 600 ms");
+  has(r.status, "no answer within 3000 ms");
   EXPECT_GT(proxy.held_back(), 0u) << "the server did execute it";
   EXPECT_FALSE(c->open());
 }
@@ -142,7 +142,7 @@ TEST_F(ConnectionFaultTest, GoesOnToTheNextHost) {
   HostPort good = info.hosts[0];
   info.hosts = {{"127.0.0.1", "", dead.text()}, {"127.0.0.1", "", std::to_string(hanging.port())}, good};
   ConnectionOptions options;
-  options.connect_timeout = 2 * kSecond;
+  options.connect_timeout = 5 * kSecond;
   auto c = Connection::create(io_, info, options);
   const Status s = connect(*c);
   ASSERT_TRUE(s.ok()) << s.message;

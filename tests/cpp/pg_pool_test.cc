@@ -4,10 +4,12 @@
 #include <gtest/gtest.h>
 
 #include "connection_fixture.h"
+#include "held_port.h"
 #include "tcp_proxy.h"
 
 using namespace ratesync;
 using namespace ratesync::postgres;
+using ratesync::testing::HeldPort;
 using ratesync::testing::info_of;
 using ratesync::testing::TcpProxy;
 using ratesync::testing::with_port;
@@ -125,9 +127,8 @@ TEST_F(PgPoolTest, ReplacesAConnectionThatTheServerEnded) {
 }
 
 TEST_F(PgPoolTest, IsDownAfterRepeatedFailuresAndComesBackByItself) {
-  asio::ip::tcp::acceptor reserved(io_, {asio::ip::address_v4::loopback(), 0});
-  const std::uint16_t port = reserved.local_endpoint().port();
-  reserved.close();
+  const HeldPort held;
+  const auto port = static_cast<std::uint16_t>(held.number());
   auto p = pool(sizes(1, 2), with_port(url(), port));
   const auto failed = get(*p);
   EXPECT_EQ(failed.status().code, Code::unavailable);

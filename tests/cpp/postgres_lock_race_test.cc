@@ -91,11 +91,14 @@ struct Caller {
   int failed = 0;
 };
 
+// How often something has to have happened meanwhile.
+constexpr int kTurns = 4;
+
 // `processes` with `callers` each, until `enough` cycles were made. Returns failures.
 int race(const Schema& schema, std::vector<Seen>& seen, std::size_t processes, std::size_t callers,
          int enough, const std::function<void()>& meanwhile = {}) {
   std::atomic<bool> stop{false};
-  std::atomic<int> failures{0}, made{0};
+  std::atomic<int> failures{0}, made{0}, turns{meanwhile ? 0 : kTurns};
   std::vector<std::thread> threads;
   for (std::size_t n = 0; n < processes; ++n)
     threads.emplace_back([&, n] {
@@ -107,7 +110,7 @@ int race(const Schema& schema, std::vector<Seen>& seen, std::size_t processes, s
       EXPECT_TRUE(p.until([&] {
         int cycles = 0;
         for (const Seen& s : seen) cycles += s.cycles;
-        if (cycles >= enough) stop = true;
+        if (cycles >= enough && turns >= kTurns) stop = true;
         made = cycles;
         return std::none_of(all.begin(), all.end(), [](const auto& c) { return c->running; });
       })) << made
@@ -116,6 +119,7 @@ int race(const Schema& schema, std::vector<Seen>& seen, std::size_t processes, s
     });
   while (meanwhile && !stop) {
     meanwhile();
+    ++turns;
     std::this_thread::sleep_for(std::chrono::milliseconds(50));
   }
   for (std::thread& thread : threads) thread.join();

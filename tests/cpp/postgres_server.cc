@@ -47,7 +47,7 @@ PostgresServer::PostgresServer() {
   }
   // Before 14 passwords are md5 unless told.
   pid_ = home_->spawn({bin + "/postgres", "-D", data, "-k", directory, "-p", port_.text(), "-c",
-                       "listen_addresses=127.0.0.1", "-c", "fsync=off", "-c", "max_connections=20", "-c",
+                       "listen_addresses=127.0.0.1", "-c", "fsync=off", "-c", "max_connections=100", "-c",
                        "superuser_reserved_connections=1", "-c", "password_encryption=scram-sha-256"},
                       SIGQUIT, account);
   url_ = "postgresql://postgres@127.0.0.1:" + port_.text() + "/postgres";

@@ -82,8 +82,9 @@ TEST(PostgresSlots, IdleGroupsLeaveNoLeaseRows) {
 
 TEST(PostgresSlots, AHolderThatDiesLosesItsSlotsAfterItsLease) {
   Schema schema;
-  const auto group = make_group("jobs", 0, 1, 1, kSecond / 5);
+  const auto group = make_group("jobs", 0, 1, 1, 6 * kSecond);
   Process dead(schema), alive(schema);
+  ASSERT_TRUE(alive.initialize().ok());
   ASSERT_EQ(dead.acquire(group).verdict, Verdict::granted);  // its loop does not run from here on
   EXPECT_EQ(alive.acquire(group).verdict, Verdict::concurrency_full);
   store::AcquireReply reply;
@@ -101,16 +102,17 @@ TEST(PostgresSlots, AHolderThatDiesLosesItsSlotsAfterItsLease) {
 
 TEST(PostgresSlots, ALivingHolderKeepsItsSlotLongerThanItsLease) {
   Schema schema;
-  const auto group = make_group("jobs", 0, 1, 1, kSecond);
+  // Renewed after a third of it, so that a machine may stand still for the rest.
+  const auto group = make_group("jobs", 0, 1, 1, 6 * kSecond);
   Process holder(schema);
   Losses losses(holder);
   ASSERT_EQ(holder.acquire(group).verdict, Verdict::granted);
   Witness witness;
   const std::string expires = "SELECT expires_at FROM " + leases(schema);
   const std::string first = witness.value(expires);
-  // Renewed at least six times: twice the lease has passed.
+  // Renewed again and again: more than a lease has passed.
   const std::string passed =
-      "SELECT (expires_at > '" + first + "'::timestamptz + interval '2 s')::text FROM " + leases(schema);
+      "SELECT (expires_at > '" + first + "'::timestamptz + interval '7 s')::text FROM " + leases(schema);
   EXPECT_TRUE(holder.until([&] { return witness.value(passed) == "true"; }));
   EXPECT_TRUE(losses.all.empty());
   Process other(schema);

@@ -228,8 +228,8 @@ TEST(PostgresWindow, ATripIsOneRoundTripAndALoneWriteForAllItsRequests) {
   p.acquire(first);
   for (int i = 0; i < 5; ++i) p.peek(first);  // meanwhile the first purge
   for (const Algorithm algorithm : kWindows) {
-    const auto group =
-        window_group("g" + std::to_string(static_cast<int>(algorithm)), algorithm, 1'000, 60 * kSecond);
+    const auto group = window_group("g" + std::to_string(static_cast<int>(algorithm)), algorithm, 1'000,
+                                    30 * 86'400 * kSecond);
     p.acquire(group);
     const store::Stats before = p.store->stats();
     const std::vector<Request> requests = p.acquire_many(group, 400);

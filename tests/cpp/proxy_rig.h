@@ -19,13 +19,13 @@ inline std::uint16_t port_of(const std::string& url) {
 
 // A store behind a proxy on a loop of its own thread's choosing: the process drives both.
 struct Behind {
-  explicit Behind(const Schema& schema, Nanos command_timeout = kSecond)
+  explicit Behind(const Schema& schema, Nanos command_timeout = 4 * kSecond)
       : url(PostgresServer::instance().url()),
         proxy(std::make_unique<TcpProxy>(proxy_io, port_of(url))),
         process(std::make_unique<Process>(schema, [&](postgres::PostgresOptions& options) {
           options.url = through(*proxy, url);
           options.command_timeout = command_timeout;
-          options.connect_timeout = 2 * kSecond;
+          options.connect_timeout = 5 * kSecond;
         })) {}
   // Both loops turn until `ready`.
   bool until(const std::function<bool()>& ready) {

@@ -111,13 +111,13 @@ TEST_F(RedisFaultTest, NobodyThereFailsFastAfterTwoTriesAndRecoversUnasked) {
 TEST_F(RedisFaultTest, AServerThatHangsIsDroppedAfterTheCommandTimeout) {
   RedisServer server;
   ConnectionOptions with = options(server.port());
-  with.command_timeout = 600 * kMilli;
+  with.command_timeout = 3 * kSecond;  // until then the server answers, also on a busy machine
   auto c = connection(with);
   ASSERT_EQ(text(send(*c, {"PING"})), "PONG");
   server.freeze();
   const Result<Reply> lost = send(*c, {"PING"});
   EXPECT_EQ(lost.status().code, Code::in_doubt);
-  EXPECT_NE(lost.status().message.find("no answer within 600 ms"), std::string::npos)
+  EXPECT_NE(lost.status().message.find("no answer within 3000 ms"), std::string::npos)
       << lost.status().message;
   EXPECT_FALSE(c->open());
   server.thaw();
@@ -154,7 +154,9 @@ TEST_F(RedisFaultTest, WhatWasNotSentHasADeadlineAndIsNeverExecuted) {
 
 TEST_F(RedisFaultTest, AFullSocketKeepsTheRestUnsent) {
   RedisServer server;
-  auto c = connection(options(server.port()));
+  ConnectionOptions with = options(server.port());
+  with.command_timeout = 60 * kSecond;
+  auto c = connection(with);
   ASSERT_TRUE(connect(*c).ok());
   server.freeze();
   // More than all socket buffers take.

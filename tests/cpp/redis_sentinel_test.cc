@@ -22,7 +22,7 @@ class RedisSentinelTest : public RedisTest {
     const auto begin = [&](RedisServer& server, const char* password) {
       ConnectionOptions with = options(server.port());
       with.password = password;
-      with.command_timeout = kSecond;
+      with.command_timeout = 20 * kSecond;
       return connection(std::move(with));
     };
     group_ = std::make_unique<Group>();
@@ -41,7 +41,7 @@ class RedisSentinelTest : public RedisTest {
       group_->sentinels.push_back(std::make_unique<RedisServer>(
           std::vector<std::string>{"--sentinel"}, false,
           formatted("requirepass watch\nsentinel monitor main 127.0.0.1 {} 2\nsentinel auth-pass main pw\n"
-                    "sentinel down-after-milliseconds main 1500\nsentinel failover-timeout main 3000\n",
+                    "sentinel down-after-milliseconds main 5000\nsentinel failover-timeout main 3000\n",
                     port(0))));
     for (auto& sentinel : group_->sentinels) sentinels_.push_back(begin(*sentinel, "watch"));
     for (auto& sentinel : sentinels_)
@@ -71,7 +71,7 @@ class RedisSentinelTest : public RedisTest {
     hosts.pop_back();
     return formatted("redis+sentinel://:pw@{}/{}?sentinel_password={}", hosts, name, watch);
   }
-  Commander& named(const std::string& at, Nanos timeout = 2 * kSecond) {
+  Commander& named(const std::string& at, Nanos timeout = 5 * kSecond) {
     CommanderOptions with;
     with.socket_timeout = with.socket_connect_timeout = timeout;
     commanders_.push_back(commander(at, with));
@@ -84,13 +84,21 @@ class RedisSentinelTest : public RedisTest {
     EXPECT_TRUE(wait_until([&] { return status.has_value(); }));
     return status.value_or(Status::make(Code::internal, "no answer"));
   }
-  Answer ask(Commander& c, std::initializer_list<std::string_view> words, Nanos patience = 2 * kSecond) {
+  Answer ask(Commander& c, std::initializer_list<std::string_view> words, Nanos patience = 10 * kSecond) {
     return call(c, words, clock_.now() + patience);
   }
   std::string port_of(Commander& c) {
     const std::string info = text(ask(c, {"INFO", "server"}));
     const std::size_t at = info.find("tcp_port:");
     return at == std::string::npos ? "" : info.substr(at + 9, info.find('\r', at) - at - 9);
+  }
+  // The replica has what the primary has. WAIT looks at what its own connection wrote last.
+  void replicated(std::string_view key, std::string_view value) {
+    ASSERT_TRUE(wait_until([&] {
+      send_to(*nodes_[0], {"SET", key, value});
+      const Answer replicas = send_to(*nodes_[0], {"WAIT", "1", "1000"});
+      return replicas.ok() && replicas.value().integer == 1;
+    }));
   }
   std::string port(int node) { return std::to_string(group_->nodes[static_cast<std::size_t>(node)]->port()); }
 
@@ -111,7 +119,7 @@ TEST_F(RedisSentinelTest, FindsThePrimaryAlsoWithSentinelsDeadOrHanging) {
   Commander& late = named(url(), 50 * kSecond);
   EXPECT_TRUE(connected(late).ok());
   EXPECT_EQ(port_of(late), port(0));
-  EXPECT_LT(clock_.now() - begin, 10 * kSecond) << "not as long as the one that hangs is waited for";
+  EXPECT_LT(clock_.now() - begin, 30 * kSecond) << "not as long as the one that hangs is waited for";
   group_->sentinels[1]->thaw();
 }
 
@@ -134,7 +142,7 @@ TEST_F(RedisSentinelTest, FollowsAFailoverAfterAKill) {
   std::vector<std::string> heard;
   c.subscribe("news", [&](std::string_view message) { heard.emplace_back(message); });
   ASSERT_TRUE(wait_until([&] { return c.subscribed(); }));
-  send_to(*nodes_[0], {"WAIT", "1", "2000"});
+  replicated("a", "1");
   int ups = 0;
   c.on_reconnect([&] { ++ups; });
   group_->nodes[0]->kill();
@@ -155,7 +163,7 @@ TEST_F(RedisSentinelTest, LeavesAPrimaryThatHangsWhenTheSentinelsReplaceIt) {
   Commander& c = named(url());
   ASSERT_TRUE(connected(c).ok());
   ASSERT_EQ(text(ask(c, {"SET", "a", "1"})), "OK");
-  send_to(*nodes_[0], {"WAIT", "1", "2000"});
+  replicated("a", "1");
   group_->nodes[0]->freeze();
   EXPECT_TRUE(wait_until([&] { return text(ask(c, {"GET", "a"})) == "1"; }));
   EXPECT_EQ(port_of(c), port(1));
