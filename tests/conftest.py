@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from ratesync import Store
+from ratesync import Store, configure_state
 from ratesync._schemas import LimiterOptions
 from ratesync.limits import core_parameters
 from ratesync.testing import RedisCluster, RedisSentinel
@@ -61,9 +61,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def patient_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Limits wait for their server's answer, unless the test says how long they do.
+    """Limits and state wait for their server's answer, unless the test says how long they do.
 
-    By default a call that lost 0.25 s is let pass, and a machine that runs tests may stand still for longer.
+    By default a call on a limit that lost 0.25 s is let pass, and one on state has 5 s for everything, the
+    first connection and the schema included. A machine that runs tests may stand still for longer.
     """
 
     def patient(store: Store, options: LimiterOptions) -> dict[str, Any]:
@@ -74,6 +75,8 @@ def patient_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("ratesync.limits.core_parameters", patient)
     monkeypatch.setattr("ratesync.engines._engine_limiter.core_parameters", patient)
+    for function in (Store.state, Store.idempotent, configure_state):
+        monkeypatch.setitem(function.__kwdefaults__, "timeout", PATIENCE)
 
 
 @pytest.fixture
