@@ -221,7 +221,10 @@ class RedisCluster(_Group):
             owners = {
                 port for server in self._living() for port, own in self._slots(server).items() if own & slots
             }
-            return len(owners) == 1 and primary.port not in owners
+            if len(owners) != 1 or primary.port in owners:
+                return False
+            # Who knows the new owner may call the cluster down for a moment yet.
+            return all(self._facts(server)["cluster_state"] == "ok" for server in self._living())
 
         self._take_for_dead_after(min(self._node_timeout_ms, _QUICK_MS))
         try:
@@ -255,7 +258,7 @@ class RedisCluster(_Group):
 
     def _healthy(self) -> bool:
         def healthy(server: RedisServer) -> bool:
-            facts = dict(line.split(":", 1) for line in server.call("CLUSTER", "INFO").splitlines() if line)
+            facts = self._facts(server)
             nodes = self._nodes(server)
             return (
                 facts["cluster_state"] == "ok"
@@ -272,6 +275,10 @@ class RedisCluster(_Group):
         for server in self._living():
             with contextlib.suppress(*_AWAY):
                 server.call("CONFIG", "SET", "cluster-node-timeout", ms)
+
+    def _facts(self, server: RedisServer) -> dict[str, str]:
+        lines = server.call("CLUSTER", "INFO").splitlines()
+        return dict(line.split(":", 1) for line in lines if line)
 
     def _nodes(self, server: RedisServer) -> str:
         return str(server.call("CLUSTER", "NODES"))
