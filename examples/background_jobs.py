@@ -21,7 +21,7 @@ async def call_partner(job: int) -> None:
 
 
 async def interactive(job: int) -> None:
-    async with acquire("partner-api", timeout=5):  # gives up at once when 5 s cannot be kept
+    async with acquire("partner-api", timeout=30):  # gives up at once when 30 s cannot be kept
         await call_partner(job)
 
 

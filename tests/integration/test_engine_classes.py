@@ -59,10 +59,10 @@ async def test_two_objects_of_one_name_share_the_limit_and_other_names_do_not(ma
 
 async def test_slots_are_shared_and_given_back(make: Any) -> None:
     first, second = (make("slots", max_concurrent=1) for _ in range(2))
-    async with first.acquire_context(timeout=5):
+    async with first.acquire_context(timeout=20):
         assert not await second.try_acquire()
         assert (await second.get_state()).current_usage == 1
-    assert await second.try_acquire(timeout=5)
+    assert await second.try_acquire(timeout=20)
     await second.release()
 
 

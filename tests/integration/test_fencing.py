@@ -219,7 +219,8 @@ import asyncio, sys, asyncpg, ratesync
 async def main(url):
     ratesync.configure_store("db", engine="postgres", url=url, auto_create=True)
     connection = await asyncpg.connect(url)
-    lease = await ratesync.get_store("db").try_lock("invoice-1", ttl=1)
+    # A try whose answer took longer than the lease runs would be none.
+    lease = await ratesync.get_store("db").lock("invoice-1", ttl=1, timeout=60).acquire()
     print(lease.token, flush=True)
     sys.stdin.readline()  # suspended here: also the thread that renews
     try:
@@ -250,7 +251,7 @@ async def test_a_holder_that_was_suspended_cannot_write_any_more(
         token = int(await holder.stdout.readline())
         holder.send_signal(signal.SIGSTOP)
         ratesync.configure_store("db", engine="postgres", url=ratesync_postgres_url)
-        async with ratesync.get_store("db").lock("invoice-1", ttl=30, timeout=30) as lease:
+        async with ratesync.get_store("db").lock("invoice-1", ttl=60, timeout=60) as lease:
             assert lease.token > token
             await invoices.execute(SET, "fresh", lease.token)
             holder.stdin.write(b"\n")

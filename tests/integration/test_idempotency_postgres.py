@@ -122,7 +122,7 @@ async def test_a_transaction_that_rolls_back_leaves_neither(driver: Driver, db: 
         async with ratesync.idempotent("k", lease=1) as op:
             await driver.transfer(op, 1, fail=True)
     assert await effects(db) == []
-    async with asyncio.timeout(10), ratesync.idempotent("k", wait=10) as op:
+    async with asyncio.timeout(60), ratesync.idempotent("k", wait=60) as op:
         assert not op.done  # freed, or its lease has ended
         await driver.transfer(op, 2)
     assert await effects(db) == [2]
@@ -157,12 +157,12 @@ async def test_a_transaction_around_the_whole_operation_works(db: Any) -> None:
 
 
 async def test_an_error_inside_a_surrounding_transaction_does_not_wait_for_itself(db: Any) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         with pytest.raises(KeyError):
             async with db.transaction(), ratesync.idempotent("k", lease=1) as op:
                 await op.commit_in(db)
                 raise KeyError("of the body")
-        async with ratesync.idempotent("k", wait=10) as op:
+        async with ratesync.idempotent("k", wait=60) as op:
             assert not op.done
             op.result = "again"
     assert await outcome() == (True, "again")
@@ -215,7 +215,7 @@ def test_the_same_without_an_event_loop(store: Store, ratesync_postgres_url: str
         connection.execute("INSERT INTO effects VALUES (1)")
         op.commit_in(connection).wait()
         raise KeyError("of the body")
-    with psycopg.connect(ratesync_postgres_url) as connection, ratesync.idempotent("k", wait=20) as op:
+    with psycopg.connect(ratesync_postgres_url) as connection, ratesync.idempotent("k", wait=60) as op:
         assert not op.done
         connection.execute("INSERT INTO effects VALUES (2)")
         op.result = "sync"
@@ -241,7 +241,7 @@ async def test_who_is_cancelled_while_entering_leaves_the_key_free(store: Store)
             entering.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await entering
-            async with asyncio.timeout(10), ratesync.idempotent(f"k{number}", wait=10) as op:
+            async with asyncio.timeout(60), ratesync.idempotent(f"k{number}", wait=60) as op:
                 assert not op.done
         else:  # entered, and has to be left
             assert await ratesync.idempotent(f"k{number}").forget()
@@ -261,7 +261,7 @@ async def test_who_is_cancelled_while_committing_has_committed(store: Store) -> 
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
-        async with asyncio.timeout(10), ratesync.idempotent(f"k{number}", wait=10) as op:
+        async with asyncio.timeout(60), ratesync.idempotent(f"k{number}", wait=60) as op:
             assert (op.done, op.result) == (True, "through")
 
 
@@ -272,7 +272,7 @@ CRASHING = """
 
     async def main():
         url, moment = sys.argv[1:]
-        ratesync.configure_state("postgres", url=url)
+        ratesync.configure_state("postgres", url=url, timeout=60)
         connection = await asyncpg.connect(url)
         async with ratesync.idempotent("k", lease=1) as op:
             async with connection.transaction():
@@ -305,7 +305,7 @@ async def test_a_process_killed_at_any_moment_leaves_it_done_once(
         check=False,
     )
     assert died.returncode == -signal.SIGKILL
-    async with asyncio.timeout(20), ratesync.idempotent("k", wait=20) as op:
+    async with asyncio.timeout(60), ratesync.idempotent("k", wait=60) as op:
         assert op.done is (moment == "after")
         if not op.done:
             async with db.transaction():

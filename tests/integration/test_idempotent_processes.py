@@ -47,10 +47,10 @@ def _charge(options: dict[str, Any], number: int, keys: int, tasks: int) -> list
     """(key, whether it ran here, result) of every call."""
 
     async def main(store: ratesync.Store) -> list[tuple[int, bool, str]]:
-        _barrier.wait(60)
+        _barrier.wait(150)
 
         async def charge(key: int, task: int) -> tuple[int, bool, str]:
-            async with store.idempotent(f"key-{key}", fingerprint=b"body", wait=60) as op:
+            async with store.idempotent(f"key-{key}", fingerprint=b"body", wait=120, timeout=60) as op:
                 if not op.done:
                     op.result = f"{number}/{task}"
                 return key, not op.done, op.result
@@ -84,13 +84,14 @@ async def test_each_key_runs_once_and_every_caller_gets_that_result(options, sto
         assert len({result for _, result in answers}) == 1
 
 
-def _hold(options: dict[str, Any], pipe: Connection) -> None:
+def _hold(options: dict[str, Any], pipe: Connection, lease: float) -> None:
     """Runs the operation until it is told to end; sends what became of its result."""
 
     async def main() -> None:
         ratesync.configure_store("db", **options)
         try:
-            async with ratesync.get_store("db").idempotent("charge-42", fingerprint="f", lease=1.0) as op:
+            charge = ratesync.get_store("db").idempotent("charge-42", "f", lease=lease, timeout=60)
+            async with charge as op:
                 assert not op.done
                 pipe.send("running")
                 await asyncio.to_thread(pipe.recv)
@@ -104,9 +105,9 @@ def _hold(options: dict[str, Any], pipe: Connection) -> None:
 
 
 @contextlib.contextmanager
-def holder(options: dict[str, Any]) -> Iterator[tuple[Any, Connection]]:
+def holder(options: dict[str, Any], lease: float = 1.0) -> Iterator[tuple[Any, Connection]]:
     ours, theirs = SPAWN.Pipe()
-    process = SPAWN.Process(target=_hold, args=(options, theirs))
+    process = SPAWN.Process(target=_hold, args=(options, theirs, lease))
     process.start()
     try:
         yield process, ours
@@ -116,21 +117,28 @@ def holder(options: dict[str, Any]) -> Iterator[tuple[Any, Connection]]:
 
 
 async def told(pipe: Connection) -> Any:
-    async with asyncio.timeout(40):
+    async with asyncio.timeout(90):
         while not pipe.poll():
             await asyncio.sleep(0.005)
     return pipe.recv()
 
 
+async def test_a_caller_that_is_busy_for_longer_than_its_lease_keeps_it(options, store):
+    # Renewed after a third of it, so that the holder may stand still for the rest.
+    with holder(options, lease=8.0) as (_, pipe):
+        assert await told(pipe) == "running"
+        with pytest.raises(ratesync.OperationInProgressError):
+            async with store.idempotent("charge-42", fingerprint="f", wait=9):
+                pytest.fail("two run")
+        pipe.send("end")
+        assert await told(pipe) == "stored"
+
+
 async def test_a_killed_caller_is_succeeded_when_its_lease_is_over(options, store):
     with holder(options) as (process, pipe):
         assert await told(pipe) == "running"
-        # Busy for longer than its lease, which its engine renews.
-        with pytest.raises(ratesync.OperationInProgressError):
-            async with store.idempotent("charge-42", fingerprint="f", wait=1.6):
-                pytest.fail("two run")
         os.kill(process.pid, signal.SIGKILL)
-        async with store.idempotent("charge-42", fingerprint="f", wait=30) as op:
+        async with store.idempotent("charge-42", fingerprint="f", wait=60) as op:
             assert not op.done
             op.result = "second"
     async with store.idempotent("charge-42", fingerprint="f") as op:
@@ -142,7 +150,7 @@ async def test_the_late_commit_of_a_stopped_caller_is_refused(options, store, su
     with holder(options) as (process, pipe):
         assert await told(pipe) == "running"
         os.kill(process.pid, signal.SIGSTOP)
-        async with store.idempotent("charge-42", fingerprint="f", wait=30) as op:
+        async with store.idempotent("charge-42", fingerprint="f", wait=60) as op:
             assert not op.done
             op.result = "second"
             if successor == "running":
@@ -162,7 +170,7 @@ async def test_a_stopped_caller_that_nobody_succeeded_still_stores_its_result(op
     with holder(options) as (process, pipe):
         assert await told(pipe) == "running"
         os.kill(process.pid, signal.SIGSTOP)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while await store.state(codec="json").get("charge-42", kind="idempotency"):
                 await asyncio.sleep(0.01)
         os.kill(process.pid, signal.SIGCONT)

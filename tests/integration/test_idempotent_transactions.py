@@ -162,7 +162,7 @@ async def test_a_takeover_during_the_transaction_finds_the_result(store, driver,
     """The successor waits for the row that the transaction has locked, and then sees what it decided."""
 
     async def takeover() -> Any:
-        async with store.idempotent("charge-42", wait=20) as op:
+        async with store.idempotent("charge-42", wait=60) as op:
             return op.done, op.result
 
     async with store.idempotent("charge-42", lease=0.3) as op:
@@ -212,7 +212,7 @@ def _charge(url: str, pipe: Connection, stop_after_commit_in: bool) -> None:
         ratesync.configure_store("db", "postgres", url=url, auto_create=True)
         store = ratesync.get_store("db")
         connection = await asyncpg.connect(url)
-        async with store.idempotent("charge-42", lease=1.0) as op:
+        async with store.idempotent("charge-42", lease=1.0, timeout=60) as op:
             assert not op.done
             async with connection.transaction():
                 await connection.execute("INSERT INTO effects VALUES ('charge-42', 5)")
@@ -236,7 +236,7 @@ async def test_a_killed_caller_leaves_neither_and_the_next_one_runs(
     try:
         assert await asyncio.to_thread(ours.recv) == "there"
         os.kill(process.pid, signal.SIGKILL)
-        async with store.idempotent("charge-42", lease=30, wait=30) as op:
+        async with store.idempotent("charge-42", lease=30, wait=60) as op:
             assert not op.done
             async with driver.transaction() as connection:
                 await driver.insert("charge-42", 6)
@@ -253,7 +253,7 @@ async def test_many_callers_have_one_effect_for_each_key(
 ):
     async def charge(number: int) -> Any:
         key = f"key-{number % 3}"
-        async with store.idempotent(key, wait=30) as op:
+        async with store.idempotent(key, wait=60) as op:
             if not op.done:
                 own = type(driver)(ratesync_postgres_url)
                 async with own.transaction() as connection:

@@ -116,7 +116,7 @@ async def test_the_slot_is_released_when_the_body_fails(spans: Spans) -> None:
 
 
 async def test_a_refusal_is_an_outcome(spans: Spans) -> None:
-    ratesync.configure_limiter("api", rate_per_second=0.1)
+    ratesync.configure_limiter("api", rate_per_second=0.01)
     await ratesync.acquire("api")
     with pytest.raises(ratesync.AcquireTimeoutError):
         async with traced_acquire("api", 0, tracer_provider=spans.provider):
@@ -124,7 +124,7 @@ async def test_a_refusal_is_an_outcome(spans: Spans) -> None:
     attributes = dict(spans.one().attributes or {})
     assert attributes["ratesync.outcome"] == "refused"
     assert attributes["ratesync.reason"] == "rate_limited"
-    assert 9 < float(str(attributes["ratesync.retry_after"])) <= 10
+    assert 50 < float(str(attributes["ratesync.retry_after"])) <= 100
     assert attributes["error.type"] == "AcquireTimeoutError"
     assert spans.one().status.status_code is StatusCode.UNSET
 

@@ -90,7 +90,7 @@ async def test_two_processes_share_slots_and_rates_exactly(pooled_url, ratesync_
 
 
 async def test_leases_are_renewed_through_the_pooler(pooled_url, ratesync_asyncpg):
-    configure(pooled_url, max_concurrent=1, lease_seconds=6.0)
+    configure(pooled_url, max_concurrent=1, lease_seconds=12.0)
     async with ratesync.acquire("shared") as permit:
         expires = "SELECT expires_at FROM rate_limiter_state_leases"
         first = await ratesync_asyncpg.fetchval(expires)

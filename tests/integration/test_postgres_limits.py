@@ -75,7 +75,7 @@ async def test_a_grant_writes_the_servers_time_and_counts_the_version(
         pass
     row = await ratesync_asyncpg.fetchrow("SELECT *, clock_timestamp() AS now FROM rate_limiter_state")
     assert row["group_id"] == "api"
-    assert datetime.timedelta(0) <= row["now"] - row["last_acquisition_at"] < datetime.timedelta(seconds=5)
+    assert datetime.timedelta(0) <= row["now"] - row["last_acquisition_at"] < datetime.timedelta(seconds=60)
     assert row["version"] == 1
     assert await ratesync.try_acquire("api")
     assert await ratesync_asyncpg.fetchval("SELECT version FROM rate_limiter_state") == 2
@@ -98,7 +98,7 @@ async def test_the_seeds_table_and_grants_are_enough(ratesync_postgres_url, rate
     await ratesync_asyncpg.execute(SEED_DDL)
     await minimal_role(ratesync_asyncpg, "rs_minimal", "SELECT, INSERT, UPDATE")
     configure(as_user(ratesync_postgres_url, "rs_minimal", "secret"), auto_create=False)
-    ratesync.configure_limiter("api", "db", rate_per_second=1000.0, max_concurrent=2, timeout=5)
+    ratesync.configure_limiter("api", "db", rate_per_second=1000.0, max_concurrent=2, timeout=60)
     async with ratesync.acquire("api"), ratesync.acquire("api"):
         assert await ratesync_asyncpg.fetchval("SELECT current_concurrent FROM rate_limiter_state") == 2
         assert not await ratesync.try_acquire("api")
@@ -228,7 +228,7 @@ async def test_the_seeds_cleanup_may_run_at_any_time(ratesync_postgres_url, rate
 )
 async def test_a_wrong_url_says_what_is_wrong(ratesync_postgres_url, change, message):
     url = urlunsplit(change(urlsplit(ratesync_postgres_url)))
-    configure(url, connect_timeout=2.0)
+    configure(url, connect_timeout=20.0)
     with pytest.raises(ratesync.RateLimiterError, match=message):
         await ratesync.get_store("db").initialize()
 
@@ -300,15 +300,17 @@ async def wait_for_slot(name: str) -> None:
 
 async def test_cancelled_waiters_give_their_slots_back(ratesync_postgres_url):
     configure(ratesync_postgres_url)
-    ratesync.configure_limiter("api", "db", rate_per_second=1.0)
+    ratesync.configure_limiter("api", "db", rate_per_second=0.1)
     assert await ratesync.try_acquire("api")
     tasks = [asyncio.create_task(wait_for_slot("api")) for _ in range(50)]
-    await asyncio.sleep(0.2)
+    async with asyncio.timeout(60):
+        while (await ratesync.get_limiter("api").peek()).retry_after < 200:  # they have been dealt their time
+            await asyncio.sleep(0.01)
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     async with asyncio.timeout(60):
-        while (await ratesync.get_limiter("api").peek()).retry_after > 1.5:
+        while (await ratesync.get_limiter("api").peek()).retry_after > 15:  # by itself it would take minutes
             await asyncio.sleep(0.01)
 
 

@@ -390,8 +390,8 @@ async def test_a_role_with_fewer_connections_than_the_pool_wants_is_served_by_th
         configure_store("db", strategy="postgres", url=app_url, pool_min_size=1, pool_max_size=10)
         # Of two sessions that begin in the same instant PostgreSQL may refuse both: each counts.
         await ratesync.get_store("db").initialize()
-        configure_limiter("api", "db", rate_per_second=1e6, burst=1000, fail_closed=True, outage_budget=5)
-        configure_limiter("slots", "db", max_concurrent=5, fail_closed=True, outage_budget=5)
+        configure_limiter("api", "db", rate_per_second=1e6, burst=1000, fail_closed=True, outage_budget=30)
+        configure_limiter("slots", "db", max_concurrent=5, fail_closed=True, outage_budget=30)
 
         async def use(name: str) -> None:
             async with acquire(name):
@@ -420,8 +420,10 @@ async def test_a_missing_index_is_found_with_the_statement_that_makes_it(app_url
 @pytest.mark.parametrize("first", [True, False], ids=["first insert", "later write"])
 async def test_a_race_with_another_writer_is_lost_unnoticed(ratesync_postgres_url, ratesync_asyncpg, first):
     """A later write waits for the other and goes on from there; a first insert is repeated and counted."""
-    configure_store("db", strategy="postgres", url=ratesync_postgres_url, auto_create=True)
-    configure_limiter("api", "db", rate_per_second=0.001, burst=10, fail_closed=True, outage_budget=30)
+    # A statement given up because it waited for the other, and repeated, would be another race.
+    patient = {"auto_create": True, "command_timeout": 60.0}
+    configure_store("db", strategy="postgres", url=ratesync_postgres_url, **patient)
+    configure_limiter("api", "db", rate_per_second=0.001, burst=10, fail_closed=True, outage_budget=60)
     await ratesync.get_store("db").initialize()
     if not first:
         assert await ratesync.try_acquire("api")

@@ -23,6 +23,8 @@ url = "${DATABASE_URL}"
 store = "db"
 rate_per_second = 100.0
 max_concurrent = 50
+fail_closed = true
+outage_budget = 30.0
 """
 HOLD = """
 import sys
