@@ -21,7 +21,7 @@ constexpr Nanos kPollMax = 250 * kMilli;
 // While the store tells us: only in case a message was lost, and to stay remembered.
 constexpr Nanos kPollPushed = kSecond;
 // How long the first answer may take at least, however short the caller's timeout.
-constexpr Nanos kAnswerTime = 2 * kSecond;
+constexpr Nanos kAnswerTime = 5 * kSecond;
 // How long an answer that was lost is asked for again.
 constexpr Nanos kDoubtTime = 10 * kSecond;
 constexpr int kUnwantedTries = 3;
