@@ -276,7 +276,9 @@ class MultiLimitContract:
             tasks += [asyncio.create_task(work("one", "a")) for _ in range(20)]
             await self.refused()
         await asyncio.wait_for(asyncio.gather(*tasks), 60)
-        assert done == ["both"] + ["one"] * 20
+        assert sorted(done) == ["both"] + ["one"] * 20
+        # Whoever asks while the answer of the first one is under way may be before it.
+        assert done.index("both") <= 3
 
     def test_waits_for_the_latest_of_the_times(self, call: Caller) -> None:
         self.limit("fast", rate_per_second=1000.0)

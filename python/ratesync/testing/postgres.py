@@ -238,10 +238,13 @@ class PostgresServer(OwnsPort, ServerLog, _Databases):
             return
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(signal.SIGSTOP)  # no new backends while they are counted
-        children = _children(process.pid)
-        for pid in (process.pid, *children):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        children = list(_children(process.pid))
+        # All stand still before the first dies: a backend that outlives the others shows what was committed
+        # here and waits for a standby, because that wait ends with the server.
+        for how in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in (*children, process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, how)
         process.wait()
 
     def freeze(self) -> None:
