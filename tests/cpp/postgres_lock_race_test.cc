@@ -371,10 +371,13 @@ struct LockFault : ::testing::Test {
   bool answered(const LockCall& call) {
     return p.until([&] { return call.answered; });
   }
-  // Connected, and nothing under way: what is sent next leaves at once.
+  // All of the pool is connected and nothing under way: what is sent next leaves at once, on both lanes.
   void warm_up() {
     run(Verb::acquire, "warm", 60'000);
-    ASSERT_TRUE(p.until([&] { return p.process->store->stats().connections_in_use == 0; }));
+    ASSERT_TRUE(p.until([&] {
+      const store::Stats stats = p.process->store->stats();
+      return stats.connections_open >= 2 && stats.connections_in_use == 0;
+    }));
   }
   // Carried out by the server, which cannot say so.
   bool carried_out(const std::string& name) {
