@@ -110,7 +110,11 @@ class RateContract(Contract):
         await limiter.acquire()
         before = (await limiter.peek()).retry_after
         tasks = [asyncio.ensure_future(self.enter(limiter)) for _ in range(5)]
-        await asyncio.sleep(0.05)
+
+        async def all_wait() -> bool:  # with a slot each: only the newest one that was dealt can come back
+            return (await limiter.peek()).retry_after > before + 4.5 / SLOW
+
+        await eventually(all_wait)
         for task in tasks:
             task.cancel()
         results = await asyncio.gather(*tasks, return_exceptions=True)
