@@ -13,7 +13,7 @@ using store::Verdict;
 using Ids = std::vector<std::string>;
 
 // Two remote stores; limiters named "a..." live on the first, the others on the second.
-struct Multi {
+struct Multi : HandMoved {
   Multi() {
     one.serve(&multi);
     two.serve(&multi);
@@ -70,21 +70,11 @@ struct Multi {
     for (MultiPart& part : task->limits)
       if (part.permit) part.limiter->service->release(part.permit);
   }
-  void run(Nanos by = 0) {
-    clock.advance(by);
-    timers.run_due();
-  }
-  void pass(Nanos by) {
-    for (Nanos done = 0; done < by; done += 10 * kMilli) run(10 * kMilli);
-  }
   bool done(const Completion* task) const { return inbox->has(task); }
 
   Policy policy;
-  Clock clock{true};
-  asio::io_context io;
   SlowStore first{clock};
   SlowStore second{clock};
-  Timers timers{io, clock};
   MultiService multi{timers};
   LimitService one{first, timers, 1};
   LimitService two{second, timers, 2};

@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "inbox.h"
 #include "ratesync/engine/lock_service.h"
 
 namespace ratesync::engine {
@@ -99,22 +100,8 @@ class SlowLocks final : public store::LockStore {
   std::function<void(const store::Space&, const std::string&)> listener_;
 };
 
-// Where results arrive, and stay until forget().
-class Arrivals final : public CompletionTarget {
- public:
-  ~Arrivals() override { forget(); }
-  void forget() {
-    for (Completion* task : std::exchange(arrived, {})) task->unref();
-  }
-  void deliver(Completion* completion) override { arrived.push_back(completion); }
-  [[nodiscard]] bool has(const Completion* task) const {
-    return std::count(arrived.begin(), arrived.end(), task) == 1;
-  }
-  std::vector<Completion*> arrived;
-};
-
 // A Keeper on one thread with a hand-moved clock.
-struct KeeperRig {
+struct KeeperRig : HandMoved {
   LossSignal* signal(const KeptRef& kept) {
     auto* task = new LossSignal(kept);
     task->target = arrivals;
@@ -127,21 +114,10 @@ struct KeeperRig {
     task->start();
     return task;
   }
-  void run(Nanos by = 0) {
-    clock.advance(by);
-    timers.run_due();
-  }
-  // Step by step, as real time would.
-  void pass(Nanos by, Nanos step = 5 * kMilli) {
-    for (Nanos gone = 0; gone < by; gone += step) run(step);
-  }
   Kept::Fate fate(const KeptRef& kept) const { return kept->fate(clock.now()); }
 
-  Clock clock{true};
-  asio::io_context io;
-  Timers timers{io, clock};
   Keeper keeper{timers, 1};
-  std::shared_ptr<Arrivals> arrivals = std::make_shared<Arrivals>();
+  std::shared_ptr<Inbox> arrivals = std::make_shared<Inbox>();
 };
 
 struct LockRig : KeeperRig {

@@ -150,10 +150,9 @@ class SlowStore final : public store::Store, public store::LimitStore {
 };
 
 template <class StoreType>
-class Rig {
+class Rig : public HandMoved {
  public:
-  explicit Rig(limits::Params params, Policy policy = {})
-      : store(clock), timers(io, clock), service(store, timers, 1) {
+  explicit Rig(limits::Params params, Policy policy = {}) : store(clock), service(store, timers, 1) {
     limiter->group = std::make_shared<const store::Group>("g", params);
     limiter->policy = policy;
     limiter->service = &service;
@@ -172,20 +171,9 @@ class Rig {
     service.start(task);
     return task;
   }
-  void run(Nanos by = 0) {
-    clock.advance(by);
-    timers.run_due();
-  }
-  // Step by step, as real time would.
-  void pass(Nanos by, Nanos step = 10 * kMilli) {
-    for (Nanos done = 0; done < by; done += step) run(step);
-  }
   bool done(const AcquireTask* task) const { return inbox->has(task); }
 
-  Clock clock{true};
-  asio::io_context io;
   StoreType store;
-  Timers timers;
   std::shared_ptr<Inbox> inbox = std::make_shared<Inbox>();
   LimiterRef limiter = std::make_shared<LimiterCore>();
   LimitService service;

@@ -19,7 +19,7 @@ namespace {
 
 using Verb = store::StateOp::Verb;
 
-struct StateRig {
+struct StateRig : HandMoved {
   ~StateRig() {
     service.shutdown();
     inbox->forget();
@@ -41,15 +41,8 @@ struct StateRig {
     task->start();
     return task;
   }
-  void run(Nanos by = 0) {
-    clock.advance(by);
-    timers.run_due();
-  }
   bool done(const Completion* task) const { return inbox->has(task); }
 
-  Clock clock{true};
-  asio::io_context io;
-  Timers timers{io, clock};
   SlowState store;
   std::shared_ptr<Inbox> inbox = std::make_shared<Inbox>();
   StateService service{store, timers};
