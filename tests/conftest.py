@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from ratesync import Store, configure_state
+from ratesync import Store
 from ratesync._schemas import LimiterOptions
 from ratesync.limits import core_parameters
 from ratesync.testing import RedisCluster, RedisSentinel
+from ratesync.testing.contract import patient_state
 
 PATIENCE = 20.0
 
@@ -75,8 +76,7 @@ def patient_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("ratesync.limits.core_parameters", patient)
     monkeypatch.setattr("ratesync.engines._engine_limiter.core_parameters", patient)
-    for function in (Store.state, Store.idempotent, configure_state):
-        monkeypatch.setitem(function.__kwdefaults__, "timeout", PATIENCE)
+    patient_state(monkeypatch, PATIENCE)
 
 
 @pytest.fixture

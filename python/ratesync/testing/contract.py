@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import itertools
 import sys
 from collections.abc import Awaitable, Callable, Iterator
@@ -21,7 +20,17 @@ import pytest
 import ratesync
 from ratesync import ConfigValidationError, Pending, RateLimiter, Store
 
-__all__ = ["PATIENCE", "SLOW", "Caller", "Contract", "MakeLimiter", "StoreContract", "eventually", "refused"]
+__all__ = [
+    "PATIENCE",
+    "SLOW",
+    "Caller",
+    "Contract",
+    "MakeLimiter",
+    "StoreContract",
+    "eventually",
+    "patient_state",
+    "refused",
+]
 
 T = TypeVar("T")
 SLOW = 0.01  # units per second: the next one comes after 100 s, that is never
@@ -101,6 +110,13 @@ async def eventually(condition: Callable[[], Awaitable[bool]], seconds: float = 
             await asyncio.sleep(0.005)
 
 
+def patient_state(monkeypatch: pytest.MonkeyPatch, seconds: float = PATIENCE) -> None:
+    """The calls on state that a test makes have so much time, unless it says how much, instead of 5 s."""
+    for function in (Store.state, Store.idempotent, ratesync.configure_state):
+        assert function.__kwdefaults__ is not None
+        monkeypatch.setitem(function.__kwdefaults__, "timeout", seconds)
+
+
 class StoreContract:
     """Inherit, and say in the fixture `store_options` how to configure the store."""
 
@@ -114,9 +130,7 @@ class StoreContract:
         self, ratesync_registry: Path, store_options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     ) -> Store:
         """The store under test, configured as "contract", and connected. Calls have time for its answers."""
-        for name in ("state", "idempotent"):
-            patient = functools.partialmethod(getattr(Store, name), timeout=PATIENCE)
-            monkeypatch.setattr(Store, name, patient)
+        patient_state(monkeypatch)
         ratesync.configure_store("contract", **store_options)
         store = ratesync.get_store("contract")
         store.state().initialize().wait()
